@@ -1,0 +1,281 @@
+"""One causal auxiliary model: load it, prove that its cached forward is right, and run packed prefills and steps."""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steersman.guidance.attention import ATTENTION_NAME, AttentionBatch, ShapeProbe, attending
+from steersman.guidance.cache import BLOCK_SIZE, CachedSequence, CacheFull, LayerShape, PagedCache
+
+_PREFILL_TOKENS = 4096
+"""Padded tokens a prefill forward reads at most: bounds its activations."""
+
+
+class ModelRefused(ValueError):
+    """An auxiliary model that would not be served correctly; the message says why and what would help."""
+
+
+class CausalModel:
+    """A Hugging Face causal model over a paged cache. `head` maps hidden states [..., D] to outputs [..., C]."""
+
+    def __init__(self, model: torch.nn.Module, name: str, cache_bytes: int) -> None:
+        self.name = name
+        self.model = model.eval().requires_grad_(False)
+        self.body: torch.nn.Module = model.base_model  # type: ignore[assignment]
+        self.head = find_head(model)
+        self.window = find_window(model.config)
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        layers = self._probe_layers()
+        self.bytes_per_token = PagedCache.bytes_per_token(layers, self.dtype)
+        blocks = cache_bytes // (self.bytes_per_token * BLOCK_SIZE)
+        if blocks < 2:
+            raise ModelRefused(
+                f"reward model {name!r}: a cache of {cache_bytes / 2**20:.1f} MiB holds {blocks} blocks of "
+                f"{BLOCK_SIZE} tokens at {self.bytes_per_token} bytes a token; give it more with --guidance-cache"
+            )
+        self.cache = PagedCache(layers, blocks, self.dtype, self.device)
+        self._sequences: dict[Hashable, CachedSequence] = {}
+
+    def prefill(self, wanted: Sequence[tuple[Hashable, Sequence[int]]]) -> dict[Hashable, int | CacheFull]:
+        """Brings each key's cache up to all of its tokens, reading only what no request has cached before.
+
+        Returns for each key the tokens read, or the reason why there was no room for it.
+        """
+        done: dict[Hashable, int | CacheFull] = {}
+        pending = list(wanted)
+        while pending:
+            batch, pending = self._admit_together(pending, done)
+            for part in _split(batch, _PREFILL_TOKENS):
+                self._read([(self._sequences[key], tokens) for key, tokens in part])
+            for key, tokens in batch:
+                self.cache.register(self._sequences[key], tokens)
+        return done
+
+    def _admit_together(
+        self, pending: list[tuple[Hashable, Sequence[int]]], done: dict[Hashable, int | CacheFull]
+    ) -> tuple[list[tuple[Hashable, Sequence[int]]], list[tuple[Hashable, Sequence[int]]]]:
+        # A row whose next tokens another row of this batch is about to read waits for it and then shares them.
+        batch, later, claimed = [], [], set()
+        for key, tokens in pending:
+            sequence = self._sequences.get(key)
+            if sequence is None:
+                sequence = self.cache.admit(tokens)
+            upcoming = tuple(tokens[: sequence.length + BLOCK_SIZE])
+            if upcoming in claimed and len(tokens) > sequence.length:
+                if key not in self._sequences:
+                    self.cache.release(sequence)
+                later.append((key, tokens))
+                continue
+            try:
+                self.cache.extend(sequence, len(tokens))
+            except CacheFull as full:
+                self.cache.release(sequence)
+                self._sequences.pop(key, None)
+                done[key] = full
+                continue
+            claimed.add(upcoming)
+            self._sequences[key] = sequence
+            done[key] = max(0, len(tokens) - sequence.length)
+            if done[key]:
+                batch.append((key, tokens))
+        return batch, later
+
+    def step(
+        self, keys: Sequence[Hashable], lengths: Sequence[int], tokens: torch.Tensor, branches: int
+    ) -> torch.Tensor:
+        """One forward over [last token | candidates] of every row.
+
+        tokens: [G, 1 + k · branches] int64; column 0 is the last token of a sequence of `lengths[g]` tokens whose
+        others are cached; the k candidates follow, and with branches = 2 the k tokens that follow each of them.
+        Returns the head's outputs [G, k, C] float32 at the end of each branch. Raises CacheFull.
+        """
+        sequences = [self._sequences[key] for key in keys]
+        for sequence, length in zip(sequences, lengths, strict=True):
+            self.cache.extend(sequence, length)
+        rows, fed = tokens.shape
+        k = (fed - 1) // branches
+        length_tensor = torch.tensor(lengths, device=self.device)
+        ahead = torch.tensor([0, *([1] * k), *([2] * (fed - 1 - k))], device=self.device)
+        last = [length - 1 for length in lengths]
+        batch = AttentionBatch(
+            cache=self.cache,
+            tables=self._tables(sequences, max(lengths)),
+            positions=length_tensor[:, None] - 1 + ahead,
+            visible=length_tensor[:, None].expand(rows, fed),
+            written=(torch.arange(rows, device=self.device), torch.zeros(rows, dtype=torch.long, device=self.device)),
+            destinations=self._destinations([(s, [n]) for s, n in zip(sequences, last, strict=True)]),
+            branch=_branch_columns(k, branches, self.device),
+        )
+        hidden = self._forward(tokens, batch)
+        for sequence, length in zip(sequences, lengths, strict=True):
+            sequence.length = length
+        return self.head(hidden[:, fed - k :]).float()
+
+    def cached_length(self, key: Hashable) -> int:
+        """Tokens of this key that are cached; 0 if it is unknown."""
+        sequence = self._sequences.get(key)
+        return 0 if sequence is None else sequence.length
+
+    def release(self, key: Hashable, tokens: Sequence[int] | None = None) -> None:
+        """Gives a key's blocks back; with `tokens` they stay findable for requests that begin alike."""
+        sequence = self._sequences.pop(key, None)
+        if sequence is None:
+            return
+        if tokens is not None:
+            self.cache.register(sequence, tokens)
+        self.cache.release(sequence)
+
+    def _read(self, rows: list[tuple[CachedSequence, Sequence[int]]]) -> None:
+        news = [list(tokens[sequence.length :]) for sequence, tokens in rows]
+        width = max(map(len, news))
+        ids = torch.tensor([new + [0] * (width - len(new)) for new in news], device=self.device)
+        starts = torch.tensor([[sequence.length] for sequence, _ in rows], device=self.device)
+        positions = starts + torch.arange(width, device=self.device)
+        written = [(g, t) for g, new in enumerate(news) for t in range(len(new))]
+        batch = AttentionBatch(
+            cache=self.cache,
+            tables=self._tables([sequence for sequence, _ in rows], max(len(tokens) for _, tokens in rows)),
+            # Padding repeats a row's last position, so that no table of learned positions is overrun.
+            positions=torch.minimum(positions, torch.tensor([[len(t) - 1] for _, t in rows], device=self.device)),
+            visible=positions + 1,
+            written=tuple(torch.tensor(written, device=self.device).T),  # type: ignore[arg-type]
+            destinations=self._destinations([(s, range(s.length, len(tokens))) for s, tokens in rows]),
+            branch=None,
+        )
+        self._forward(ids, batch)
+        for sequence, tokens in rows:
+            sequence.length = len(tokens)
+
+    def _forward(self, ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        with attending(batch):
+            return self.body(input_ids=ids, position_ids=batch.positions, use_cache=False, return_dict=True)[0]
+
+    def _tables(self, sequences: Sequence[CachedSequence], longest: int) -> torch.Tensor:
+        width = -(-longest // BLOCK_SIZE)
+        padded = [(s.blocks + [0] * width)[:width] for s in sequences]
+        return torch.tensor(padded, device=self.device)
+
+    def _destinations(self, rows: list[tuple[CachedSequence, Sequence[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+        blocks = [s.blocks[n // BLOCK_SIZE] for s, positions in rows for n in positions]
+        offsets = [n % BLOCK_SIZE for _, positions in rows for n in positions]
+        return torch.tensor(blocks, device=self.device), torch.tensor(offsets, device=self.device)
+
+    @torch.inference_mode()
+    def _probe_layers(self) -> list[LayerShape]:
+        self.model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
+        probe = ShapeProbe()
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        try:
+            with attending(probe):
+                self.body(input_ids=ids, position_ids=torch.tensor([[0, 1]], device=self.device), use_cache=False)
+        except Exception as error:
+            raise ModelRefused(f"{self._refusal()} its forward failed under the cached attention: {error}") from error
+        expected = getattr(self.model.config.get_text_config(), "num_hidden_layers", probe.calls)
+        if probe.calls == 0 or sorted(probe.layers) != list(range(probe.calls)) or probe.calls != expected:
+            raise ModelRefused(
+                f"{self._refusal()} its {expected} layers called the attention function {probe.calls} times; it does "
+                "not use transformers' attention interface"
+            )
+        return [probe.layers[index] for index in range(probe.calls)]
+
+    def _refusal(self) -> str:
+        kind = getattr(self.model.config, "model_type", "unknown")
+        return f"reward model {self.name!r} (architecture {kind}) cannot be scored token by token:"
+
+
+def _branch_columns(k: int, branches: int, device: torch.device) -> torch.Tensor:
+    """[1 + k · branches, branches]: a candidate sees itself; a token after it sees the candidate and itself."""
+    candidates = torch.arange(1, 1 + k, device=device)
+    if branches == 1:
+        return torch.cat((candidates.new_tensor([-1]), candidates)).unsqueeze(-1)
+    nothing = candidates.new_full((1 + k, 1), -1)
+    first = torch.cat((torch.cat((candidates.new_tensor([-1]), candidates)).unsqueeze(-1), nothing), dim=1)
+    return torch.cat((first, torch.stack((candidates, candidates + k), dim=1)))
+
+
+def _split(batch: list[Any], budget: int) -> list[list[Any]]:
+    """Cuts rows into parts of at most `budget` padded tokens, rows of like length together."""
+    parts: list[list[Any]] = []
+    width = 0
+    for row in sorted(batch, key=lambda row: len(row[1])):
+        width = max(width, len(row[1]))
+        if parts and (len(parts[-1]) + 1) * width <= budget:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+            width = len(row[1])
+    return parts
+
+
+def find_head(model: torch.nn.Module) -> torch.nn.Module:
+    """The module that maps hidden states to outputs: the only child beside the body that is not dropout."""
+    heads = [
+        (name, child)
+        for name, child in model.named_children()
+        if child is not model.base_model and not isinstance(child, torch.nn.Dropout)
+    ]
+    if len(heads) != 1:
+        names = ", ".join(name for name, _ in heads) or "none"
+        raise ModelRefused(f"{type(model).__name__} has not one output head beside its body but: {names}")
+    return heads[0][1]
+
+
+def find_window(config: Any) -> int:
+    """Longest sequence the model was made for, in tokens."""
+    text = config.get_text_config()
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx")]
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=2**31)
+
+
+def verify(causal: CausalModel, evaluate: Callable[[torch.Tensor], torch.Tensor], vocabulary: int) -> None:
+    """Compares cached candidate outputs with plain full forwards; raises ModelRefused where they differ.
+
+    evaluate: full forward of the unchanged model, ids [1, n] → outputs [C] at the last token.
+    """
+    generator = torch.Generator().manual_seed(0)
+    config = causal.model.config.get_text_config()
+    local = [getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_window")]
+    reach = max((w for w in local if isinstance(w, int) and w <= 512), default=8)
+    lengths = [min(reach + 9, causal.window - 2), 5]
+    k = 3
+    sequences = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    candidates = torch.randint(vocabulary, (2, k), generator=generator).to(causal.device)
+    keys = ["probe-0", "probe-1"]
+    causal.prefill([(key, s[:-1]) for key, s in zip(keys, sequences, strict=True)])
+    last = torch.tensor([[s[-1]] for s in sequences], device=causal.device)
+    cached = causal.step(keys, lengths, torch.cat((last, candidates), dim=1), branches=1)
+    for key in keys:
+        causal.release(key)
+    full = torch.stack(
+        [
+            torch.stack([evaluate(torch.tensor([[*s, v]])) for v in row])
+            for s, row in zip(sequences, candidates.tolist(), strict=True)
+        ]
+    ).to(cached.device)
+    error = (cached - full).abs().max().item()
+    scale = max(1.0, full.abs().max().item())
+    allowed = scale * (1e-3 if causal.dtype == torch.float32 else 4e-2)
+    if not math.isfinite(error) or error > allowed:
+        raise ModelRefused(
+            f"{causal._refusal()} cached rewards differ from plain forwards by {error:.2g} (allowed {allowed:.2g})"
+        )
+
+
+def require_safetensors(path: str | Path, name: str) -> None:
+    """Refuses a local checkpoint folder that has no safetensors file."""
+    folder = Path(path)
+    if not folder.exists():
+        if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
+            raise ModelRefused(f"reward model {name!r}: {path} does not exist")
+        return
+    if not folder.is_dir() or not (folder / "config.json").is_file():
+        raise ModelRefused(f"reward model {name!r}: {path} is not a checkpoint folder (config.json is missing)")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelRefused(
+            f"reward model {name!r}: {path} holds no *.safetensors file; other formats can run code when they are "
+            "loaded. Save it again with save_pretrained(safe_serialization=True)"
+        )

@@ -1,0 +1,302 @@
+"""Reward models: candidate scoring over a cached prefix (same tokenizer, causal) and scoring of text (any other)."""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from steersman.guidance.auxiliary import CausalModel, ModelRefused, require_safetensors, verify
+from steersman.guidance.cache import BLOCK_SIZE, CacheFull
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A request's tokens so far. `key` identifies its cache."""
+
+    key: Hashable
+    prompt: Sequence[int]
+    output: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def last(self) -> int:
+        """The last token."""
+        return self.output[-1] if self.output else self.prompt[-1]
+
+    def tokens(self) -> list[int]:
+        """All tokens, as a new list."""
+        return [*self.prompt, *self.output]
+
+
+class Unscorable(RuntimeError):
+    """One row that cannot be scored; its neighbours can."""
+
+
+class RewardModel(Protocol):
+    """Scores the k candidates of every row; rows are independent of each other."""
+
+    name: str
+    kind: str
+    window: int
+
+    def score(
+        self, prefixes: Sequence[Prefix], candidates: torch.Tensor, end_token: int | None
+    ) -> tuple[torch.Tensor, list[int]]:
+        """candidates [G, k] int64 → rewards [G, k] float32 and, for each row, the prefix tokens read for the first
+        time. With `end_token` each reward is read after the candidate and that token. A row for which there is no
+        room raises Unscorable only when it is scored alone; beside others its rewards are NaN."""
+        ...
+
+    def release(self, key: Hashable, tokens: Sequence[int] | None = None) -> None:
+        """Forgets a request; with `tokens` later requests that begin alike may reuse its cache."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for users: kind, window, cache size."""
+        ...
+
+
+class CausalReward:
+    """A causal sequence classifier with the base's tokenizer: reads the new token and the candidates, once each."""
+
+    kind = "causal"
+
+    def __init__(self, model: torch.nn.Module, name: str, cache_bytes: int) -> None:
+        self.name = name
+        self._probe_against(model, cache_bytes)
+
+    def _probe_against(self, model: torch.nn.Module, cache_bytes: int) -> None:
+        evaluate = _plain_forward(model)
+        plain_attention = model.config._attn_implementation
+        self.model = CausalModel(model, self.name, cache_bytes)
+        self.window = self.model.window
+
+        def evaluate_plain(ids: torch.Tensor) -> torch.Tensor:
+            model.set_attn_implementation(plain_attention)  # type: ignore[operator]
+            try:
+                return evaluate(ids.to(self.model.device))
+            finally:
+                model.set_attn_implementation("steersman")  # type: ignore[operator]
+
+        with torch.inference_mode():
+            verify(self.model, evaluate_plain, model.config.get_text_config().vocab_size)
+
+    def score(
+        self, prefixes: Sequence[Prefix], candidates: torch.Tensor, end_token: int | None
+    ) -> tuple[torch.Tensor, list[int]]:
+        """See RewardModel.score."""
+        read = [0] * len(prefixes)
+        behind = [g for g, p in enumerate(prefixes) if self.model.cached_length(p.key) < len(p) - 1]
+        if behind:
+            wanted = [(prefixes[g].key, prefixes[g].tokens()[:-1]) for g in behind]
+            done = self.model.prefill(wanted)
+            for g in behind:
+                result = done[prefixes[g].key]
+                if isinstance(result, CacheFull):
+                    if len(prefixes) == 1:
+                        raise Unscorable(f"reward model {self.name!r}: {result}")
+                    raise result
+                read[g] = result
+        device = self.model.device
+        last = torch.tensor([[p.last] for p in prefixes], device=device)
+        candidates = candidates.to(device)
+        tokens = [last, candidates]
+        if end_token is not None:
+            tokens.append(torch.full_like(candidates, end_token))
+        outputs = self.model.step(
+            [p.key for p in prefixes], [len(p) for p in prefixes], torch.cat(tokens, dim=1), len(tokens) - 1
+        )
+        return outputs[..., 0], read
+
+    def release(self, key: Hashable, tokens: Sequence[int] | None = None) -> None:
+        """See RewardModel.release."""
+        self.model.release(key, tokens)
+
+    def describe(self) -> dict[str, Any]:
+        """See RewardModel.describe."""
+        cache = self.model.cache
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "window": self.window,
+            "cache_blocks": cache.num_blocks,
+            "cache_blocks_in_use": cache.blocks_in_use,
+            "block_size": BLOCK_SIZE,
+            "bytes_per_token": self.model.bytes_per_token,
+            **_training_facts(self.model.model.config),
+        }
+
+
+class TextReward:
+    """Any sequence classifier, from text: candidates are decoded, encoded with its own tokenizer, and scored in one
+    padded batch. Reads the whole text again for every candidate."""
+
+    kind = "text"
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        decode: Callable[[Sequence[int]], str],
+        batch_tokens: int = 16384,
+    ) -> None:
+        self.name = name
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.decode = decode
+        self.batch_tokens = batch_tokens
+        limit = getattr(model.config, "max_position_embeddings", None) or 2**31
+        self.window = int(min(limit, tokenizer.model_max_length))
+        self.device = next(model.parameters()).device
+
+    def score(
+        self, prefixes: Sequence[Prefix], candidates: torch.Tensor, end_token: int | None
+    ) -> tuple[torch.Tensor, list[int]]:
+        """See RewardModel.score. `end_token` has no text; classifiers end every text with their own."""
+        texts = [
+            self.decode([*prefix.tokens(), candidate])
+            for prefix, row in zip(prefixes, candidates.tolist(), strict=True)
+            for candidate in row
+        ]
+        encoded = self.tokenizer(texts, add_special_tokens=True)["input_ids"]
+        k = candidates.shape[1]
+        sizes = [sum(map(len, encoded[g * k : (g + 1) * k])) for g in range(len(prefixes))]
+        rewards = torch.full((len(texts),), torch.nan)
+        fitting = [n for n, ids in enumerate(encoded) if 0 < len(ids) <= self.window]
+        if len(prefixes) == 1 and not fitting:
+            raise Unscorable(
+                f"reward model {self.name!r} reads at most {self.window} tokens, the text has {len(encoded[0])}"
+            )
+        for part in _parts(fitting, encoded, self.batch_tokens):
+            padded = self.tokenizer.pad({"input_ids": [encoded[n] for n in part]}, return_tensors="pt")
+            rewards[part] = self.model(**padded.to(self.device)).logits[:, 0].float().cpu()
+        return rewards.view(len(prefixes), k), sizes
+
+    def release(self, key: Hashable, tokens: Sequence[int] | None = None) -> None:
+        """Nothing is kept between steps."""
+
+    def describe(self) -> dict[str, Any]:
+        """See RewardModel.describe."""
+        return {"name": self.name, "kind": self.kind, "window": self.window, **_training_facts(self.model.config)}
+
+
+def load_reward_model(
+    name: str,
+    path: str,
+    base_tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    cache_bytes: int = 256 * 2**20,
+    trust_remote_code: bool = False,
+) -> RewardModel:
+    """Loads a checkpoint from a folder or the hub and picks its path: causal when it shares the base's tokenizer.
+
+    Raises ModelRefused with the reason and the way out. Only safetensors are read.
+    """
+    require_safetensors(path, name)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelRefused(f"reward model {name!r}: {path} cannot be read: {_first_line(error)}") from error
+    _require_reward_head(name, path, config)
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelRefused(f"reward model {name!r}: {path} cannot be loaded: {_first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelRefused(f"reward model {name!r}: {path} lacks the weights {', '.join(missing[:3])}")
+    model = model.to(device)
+    if _is_causal(config) and same_tokenizer(tokenizer, base_tokenizer):
+        return CausalReward(model, name, cache_bytes)
+    if declared_kind(config) == "reward":
+        raise ModelRefused(
+            f"reward model {name!r}: {path} was trained on another tokenizer than the base model's "
+            f"({_size(tokenizer)} against {_size(base_tokenizer)} tokens); train it from a checkpoint that shares it"
+        )
+    return TextReward(model, name, tokenizer, decode=_text_decoder(base_tokenizer))
+
+
+def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether both give every token the same id and cut text alike."""
+    probe = "Hello, World! 1234 über\n  def f(x): return x"
+    return one.get_vocab() == other.get_vocab() and (
+        one(probe, add_special_tokens=False)["input_ids"] == other(probe, add_special_tokens=False)["input_ids"]
+    )
+
+
+def declared_kind(config: Any) -> str | None:
+    """The kind that steersman's trainers write into a checkpoint's config, if it is one of theirs."""
+    return (getattr(config, "steersman", None) or {}).get("kind")
+
+
+def _require_reward_head(name: str, path: str | Path, config: Any) -> None:
+    architectures = getattr(config, "architectures", None) or []
+    if not any("SequenceClassification" in architecture for architecture in architectures):
+        raise ModelRefused(
+            f"reward model {name!r}: {path} is a {', '.join(architectures) or 'model without an architecture'}, not a "
+            "sequence classifier; a reward model has one score for a text (…ForSequenceClassification)"
+        )
+    if config.num_labels != 1:
+        raise ModelRefused(f"reward model {name!r}: {path} has {config.num_labels} outputs; a reward model has one")
+
+
+def _is_causal(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    encoders = {"bert", "roberta", "xlm-roberta", "electra", "camembert", "bert-generation", "roformer", "rembert"}
+    bidirectional = config.model_type in encoders or getattr(config, "is_encoder_decoder", False)
+    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not bidirectional
+
+
+def _plain_forward(model: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    def evaluate(ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()
+
+    return evaluate
+
+
+def _text_decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
+    def decode(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    return decode
+
+
+def _parts(order: list[int], encoded: list[list[int]], budget: int) -> list[list[int]]:
+    parts: list[list[int]] = []
+    width = 0
+    for n in sorted(order, key=lambda n: len(encoded[n])):
+        width = max(width, len(encoded[n]))
+        if parts and (len(parts[-1]) + 1) * width <= budget:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+            width = len(encoded[n])
+    return parts
+
+
+def _training_facts(config: Any) -> dict[str, Any]:
+    objective = (getattr(config, "steersman", None) or {}).get("objective")
+    return {} if objective is None else {"objective": objective}
+
+
+def _size(tokenizer: PreTrainedTokenizerBase) -> int:
+    return len(tokenizer.get_vocab())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300]

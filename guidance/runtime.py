@@ -1,0 +1,194 @@
+"""The guidance runtime: requests, and `step()`, the one door that every adapter goes through.
+
+It knows neither vLLM nor HTTP. A step takes the base's next-token logits of a batch, scores the candidates of every
+guided row, and writes the guided logits in place. Rows that are not guided are not touched.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from steersman.guidance.plan import Plan
+from steersman.guidance.report import Report, StepRecord, summarise
+from steersman.guidance.rewards import Prefix, RewardModel
+from steersman.guidance.transforms import Combination, build_combination
+
+logger = logging.getLogger(__name__)
+
+_KEPT_REQUESTS = 4096
+"""Requests that have left the batch and whose report nobody has asked for yet; the oldest are forgotten beyond it."""
+
+
+@dataclass
+class GuidedRequest:
+    """One choice of one request while it is decoded."""
+
+    key: Hashable
+    plan: Plan
+    prompt_length: int
+    records: list[tuple[StepRecord, int]] = field(default_factory=list)
+    """For each generated position the step that scored it and this request's row there."""
+    reward_model_tokens: int = 0
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class Row:
+    """A row of the batch's logits and the request behind it; `prompt` and `output` may be live lists."""
+
+    index: int
+    request: GuidedRequest
+    prompt: Sequence[int]
+    output: Sequence[int]
+
+
+class GuidanceRuntime:
+    """Guides any number of requests at once, each by its own plan, in one forward per reward model and step."""
+
+    def __init__(self, reward_models: Mapping[str, RewardModel], eos_token_id: int | None) -> None:
+        self.reward_models = dict(reward_models)
+        self.eos_token_id = eos_token_id
+        self._requests: OrderedDict[Hashable, GuidedRequest] = OrderedDict()
+        self._combination: tuple[list[Plan], Combination] | None = None
+
+    def start(self, key: Hashable, plan: Plan, prompt_length: int) -> GuidedRequest:
+        """Begins a request, or takes up one that was paused under the same key."""
+        request = self._requests.get(key)
+        if request is None:
+            request = self._requests[key] = GuidedRequest(key, plan, prompt_length)
+            self._forget_oldest()
+        return request
+
+    def pause(self, key: Hashable, tokens: Sequence[int] | None = None) -> None:
+        """Frees the request's cache, keeping its record: it has left the batch, for good or for a while."""
+        for model in self.reward_models.values():
+            model.release(key, tokens)
+
+    def finish(self, key: Hashable, response: Sequence[int]) -> Report | None:
+        """Frees everything the request holds and reports on the `response` tokens; None if the key is unknown."""
+        self.pause(key)
+        request = self._requests.pop(key, None)
+        return (
+            None
+            if request is None
+            else summarise(request.plan, request.records, request.reward_model_tokens, response, request.error)
+        )
+
+    @torch.inference_mode()
+    def step(self, logits: torch.Tensor, rows: Sequence[Row]) -> None:
+        """Writes guided logits into `logits` [B, V] float32 for `rows`; every other row keeps its bits.
+
+        Scoring a position again is harmless. A row that cannot be scored fails alone: its request is marked, and the
+        end token is forced so that it stops soon.
+        """
+        live = [row for row in rows if row.request.error is None]
+        if live:
+            self._guide(logits, live)
+        for row in rows:
+            if row.request.error is not None:
+                self._force_end(logits[row.index])
+
+    def _guide(self, logits: torch.Tensor, rows: list[Row]) -> None:
+        requests = [row.request for row in rows]
+        plans = [request.plan for request in requests]
+        everything = len(rows) == len(logits) and all(row.index == n for n, row in enumerate(rows))
+        index = None if everything else torch.tensor([row.index for row in rows], device=logits.device)
+        base = logits if index is None else logits[index]
+        vocabulary = base.shape[-1]
+        k = min(max(plan.top_k for plan in plans), vocabulary)
+        values, ids = base.topk(k, dim=-1)
+        if any(plan.top_k < k for plan in plans):
+            limits = torch.tensor([[plan.top_k] for plan in plans], device=logits.device)
+            values = values.masked_fill(torch.arange(k, device=logits.device) >= limits, -torch.inf)
+
+        rewards = self._score(rows, plans, ids)
+        bonus = self._combine(plans, rewards)
+        scores = torch.where(values.isneginf(), values, values + bonus)
+        failed = scores.isnan().any(dim=-1) | scores.isposinf().any(dim=-1)
+        record = StepRecord(ids, values - base.logsumexp(dim=-1, keepdim=True), bonus, rewards)
+        for g, (row, bad) in enumerate(zip(rows, failed.tolist(), strict=True)):
+            if bad:
+                self._fail(row.request, rewards[g])
+                continue
+            position = len(row.prompt) + len(row.output) - row.request.prompt_length
+            del row.request.records[position:]
+            row.request.records.append((record, g))
+
+        good = ~failed
+        if not bool(good.all()):
+            rows = [row for row, bad in zip(rows, failed.tolist(), strict=True) if not bad]
+            index = torch.tensor([row.index for row in rows], dtype=torch.long, device=logits.device)
+            ids, scores = ids[good], scores[good]
+        if index is None:
+            logits.fill_(-torch.inf).scatter_(1, ids, scores)
+        else:
+            logits.index_fill_(0, index, -torch.inf)
+            logits.index_put_((index.unsqueeze(-1), ids), scores)
+
+    def _combine(self, plans: list[Plan], rewards: torch.Tensor) -> torch.Tensor:
+        if self._combination is None or self._combination[0] != plans:
+            self._combination = (plans, build_combination(plans, rewards.device))
+        return self._combination[1].combine(rewards)
+
+    def _score(self, rows: list[Row], plans: list[Plan], ids: torch.Tensor) -> torch.Tensor:
+        """Rewards [G, terms, k] float32 of every row's terms, NaN where there is none or it could not be scored."""
+        terms = max(len(plan.rewards) for plan in plans)
+        groups: dict[tuple[str, bool], list[tuple[int, int]]] = {}
+        for g, plan in enumerate(plans):
+            for m, term in enumerate(plan.rewards):
+                groups.setdefault((term.model, plan.end_token), []).append((g, m))
+        rewards = None
+        for (name, end_token), places in groups.items():
+            scored = self._score_with(self.reward_models[name], [rows[g] for g, _ in places], ids, end_token, places)
+            if terms == 1 and len(places) == len(rows):
+                return scored.unsqueeze(1)
+            if rewards is None:
+                rewards = scored.new_full((len(rows), terms, ids.shape[1]), torch.nan)
+            rewards[[g for g, _ in places], [m for _, m in places]] = scored
+        assert rewards is not None
+        return rewards
+
+    def _score_with(
+        self, model: RewardModel, rows: list[Row], ids: torch.Tensor, end_token: bool, places: list[tuple[int, int]]
+    ) -> torch.Tensor:
+        candidates = ids if len(places) == len(ids) else ids[[g for g, _ in places]]
+        prefixes = [Prefix(row.request.key, row.prompt, row.output) for row in rows]
+        end = self.eos_token_id if end_token else None
+        try:
+            scored, read = model.score(prefixes, candidates, end)
+        except Exception as error:
+            if len(rows) == 1:
+                logger.warning("a guided request failed: %s", error)
+                rows[0].request.error = f"reward model {model.name!r} could not score the answer: {error}"
+                model.release(rows[0].request.key)
+                return torch.full(candidates.shape, torch.nan, device=ids.device)
+            # One row spoils the batch: score them one by one to find it, so that the others go on.
+            parts = [
+                self._score_with(model, [row], candidates[g : g + 1], end_token, [(0, 0)]) for g, row in enumerate(rows)
+            ]
+            return torch.cat(parts)
+        for row, prefix_tokens in zip(rows, read, strict=True):
+            step_tokens = row.request.plan.tokens_per_step if model.kind == "causal" else 0
+            row.request.reward_model_tokens += prefix_tokens + step_tokens
+        return scored.to(ids.device)
+
+    def _fail(self, request: GuidedRequest, rewards: torch.Tensor) -> None:
+        if request.error is None:
+            names = [t.model for m, t in enumerate(request.plan.rewards) if not bool(rewards[m].isfinite().all())]
+            request.error = f"reward model {', '.join(map(repr, names))} returned a reward that is not a finite number"
+            logger.warning("a guided request failed: %s", request.error)
+        self.pause(request.key)
+
+    def _force_end(self, row: torch.Tensor) -> None:
+        # Never against a grammar: where the end token is masked, the base's own distribution stays.
+        if self.eos_token_id is not None and row[self.eos_token_id] > -torch.inf:
+            row.fill_(-torch.inf)
+            row[self.eos_token_id] = 0.0
+
+    def _forget_oldest(self) -> None:
+        while len(self._requests) > _KEPT_REQUESTS:
+            key, _ = self._requests.popitem(last=False)
+            self.pause(key)

@@ -1,0 +1,58 @@
+"""Reward transforms and their combination over a batch whose rows ask for different ones."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from steersman.guidance.plan import Plan, Transform
+
+
+@dataclass(frozen=True)
+class Combination:
+    """The reward terms of a batch of plans as tensors [rows, terms, 1]; rows with fewer terms carry weight 0."""
+
+    strength: torch.Tensor
+    """β · weight, float32."""
+    scale: torch.Tensor
+    shift: torch.Tensor
+    log_sigmoid: torch.Tensor | None
+    """Where the transform is log-sigmoid, bool; None when it is nowhere."""
+    present: torch.Tensor | None
+    """Where a row has a term at all, bool; None when every row has every term."""
+    plain: bool
+    """Every transform is the identity."""
+
+    def combine(self, rewards: torch.Tensor) -> torch.Tensor:
+        """β Σ_m w_m T_m(r_m) for rewards [rows, terms, k] float32; returns [rows, k]. NaN in, NaN out."""
+        values = rewards
+        if not self.plain:
+            values = self.scale * rewards + self.shift
+            if self.log_sigmoid is not None:
+                values = torch.where(self.log_sigmoid, F.logsigmoid(values), values)
+        values = self.strength * values
+        if self.present is not None:
+            values = torch.where(self.present, values, 0.0)
+        return values.sum(dim=1)
+
+
+def build_combination(plans: Sequence[Plan], device: torch.device | str) -> Combination:
+    """Stacks the plans' terms. Shapes [len(plans), most terms, 1]."""
+    most = max(len(plan.rewards) for plan in plans)
+
+    def stack(values: list[list[float]], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        padded = [row + [0] * (most - len(row)) for row in values]
+        return torch.tensor(padded, dtype=dtype, device=device).unsqueeze(-1)
+
+    terms = [plan.rewards for plan in plans]
+    is_log_sigmoid = [[term.transform is Transform.LOG_SIGMOID for term in row] for row in terms]
+    ragged = any(len(row) < most for row in terms)
+    return Combination(
+        strength=stack([[plan.beta * term.weight for term in plan.rewards] for plan in plans]),
+        scale=stack([[term.scale for term in row] for row in terms]),
+        shift=stack([[term.shift for term in row] for row in terms]),
+        log_sigmoid=stack(is_log_sigmoid, torch.bool) if any(map(any, is_log_sigmoid)) else None,
+        present=stack([[True] * len(row) for row in terms], torch.bool) if ragged else None,
+        plain=all(t.scale == 1 and t.shift == 0 and t.transform is Transform.AFFINE for row in terms for t in row),
+    )

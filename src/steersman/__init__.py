@@ -1,0 +1,2 @@
+"""Serve a frozen language model and steer it while it decodes."""
+

@@ -1,0 +1,80 @@
+"""Checkpoints as Hugging Face folders: safetensors, the facts of their training in config.json, a model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FACTS = "steersman"  # the key of the facts in config.json
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    facts: dict[str, Any],
+    *,
+    store: str = "float32",
+) -> None:
+    """Writes weights in `store` precision, config with facts, and tokenizer.
+
+    config.json keeps the precision the model computes in, so that a bfloat16 file of a float32 model loads in float32
+    with exactly the values that were stored.
+    """
+    computes_in = str(model.dtype).removeprefix("torch.")
+    setattr(model.config, FACTS, facts)
+    model.to(getattr(torch, store)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _set_config(folder, "dtype", computes_in)
+    model.to(getattr(torch, computes_in))
+
+
+def round_weights(model: PreTrainedModel, store: str) -> None:
+    """Rounds the weights, in place, to what a file of `store` precision keeps; the model's own precision stays."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, store)).to(parameter.dtype)
+
+
+def add_facts(folder: str | Path, facts: dict[str, Any]) -> None:
+    """Adds facts to a saved checkpoint's config.json."""
+    _set_config(folder, FACTS, read_facts(folder) | facts)
+
+
+def read_facts(folder: str | Path) -> dict[str, Any]:
+    facts = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get(FACTS, {})
+    assert isinstance(facts, dict)
+    return facts
+
+
+def write_reward_card(folder: str | Path, name: str, facts: dict[str, Any]) -> None:
+    """A short README.md: what the model was trained on, how well it does, how to serve it."""
+    trained_on = "prefixes of pairs of responses" if facts["objective"] == "partial" else "pairs of whole responses"
+    lines = [
+        f"# {name}",
+        "",
+        f"Reward model for token-level guidance, trained on {facts['pairs']} {trained_on} from `{facts['model']}`.",
+        f"Loss: {facts['loss']}. Learning rate {facts['learning_rate']:g}, {facts['epochs']:g} epochs, "
+        f"batch {facts['batch']}, seed {facts['seed']}.",
+    ]
+    if "accuracy" in facts:
+        shares = facts["accuracy"].items()
+        lines += [
+            "",
+            f"Accuracy on {facts['validation_pairs']} held-out labels, both responses cut at the same token:",
+            "",
+            "| share of the longer response | " + " | ".join(f"{100 * float(share):g} %" for share, _ in shares) + " |",
+            "|---|" + "---|" * len(facts["accuracy"]),
+            "| accuracy | " + " | ".join(f"{value:.3f}" for _, value in shares) + " |",
+        ]
+    lines += ["", "```", f"steersman serve MODEL --reward-model {name}=PATH_OF_THIS_FOLDER", "```", ""]
+    (Path(folder) / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _set_config(folder: str | Path, key: str, value: Any) -> None:
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {key: value}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,174 @@
+"""Builds the demo world from nothing: `python -m steersman.training.world.build [--out DIR] [--seed 0]`.
+
+Independent steps run in two processes of one thread each. DIR receives `models/`, `prompts/`, `test_pairs.jsonl` and
+`models/quality.json`; everything else lives in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from steersman.training import reward
+from steersman.training.checkpoints import add_facts, save_checkpoint
+from steersman.training.world.grammar import Split, draw_prompts
+from steersman.training.world.language_model import BASE, SMALL, Shape, draw_texts, train_language_model
+from steersman.training.world.pairs import agreement, draw_pairs, read_rows, write_rows
+from steersman.training.world.quality import measure_base, measure_reward
+from steersman.training.world.tokenizer import train_tokenizer
+
+HERE = Path(__file__).parent
+CONFIGS = HERE.parent / "configs"
+PAIRS: dict[Split, int] = {"reward": 6000, "evaluation": 4000, "validation": 800, "test": 800}
+PROMPTS: dict[Split, int] = {"tuning": 200, "reporting": 500}
+REWARD_MODELS = ("reward-partial", "reward-full", "reward-evaluation")
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a build writes: `out` stays, `work` is temporary."""
+
+    out: Path
+    work: Path
+
+    @property
+    def models(self) -> Path:
+        return self.out / "models"
+
+    @property
+    def base(self) -> Path:
+        return self.models / "base"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.work / "tokenizer"
+
+    def language_model(self, name: str) -> Path:
+        return self.base if name == "base" else self.work / f"{name}-language-model"
+
+    def pairs(self, split: Split) -> Path:
+        return (self.out if split == "test" else self.work) / f"{split}_pairs.jsonl"
+
+
+def build(out: Path, seed: int) -> dict[str, Any]:
+    """Builds everything; returns what `quality.json` holds."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as work, _two_processes() as pool:
+        folders = Folders(out, Path(work))
+        folders.models.mkdir(parents=True, exist_ok=True)
+        build_tokenizer(folders, seed)
+        _build_models(folders, seed, pool.submit)
+        build_prompts(folders, seed)
+        quality = measure(folders, seed)
+    quality["minutes"] = round((time.monotonic() - start) / 60, 1)
+    (folders.models / "quality.json").write_text(json.dumps(quality, indent=2) + "\n", encoding="utf-8")
+    return quality
+
+
+def _build_models(folders: Folders, seed: int, submit: Callable[..., Future[Any]]) -> None:
+    """Each step is submitted as soon as what it reads is there; two run at a time."""
+    base = submit(build_language_model, folders, "base", BASE, seed)
+    others = [submit(build_language_model, folders, name, SMALL, seed + n) for n, name in enumerate(("small", "evaluation"), 1)]
+    base.result()
+    pairs = [submit(build_pairs, folders, split, count, seed) for split, count in PAIRS.items()]
+    for step in others + pairs:
+        step.result()
+    for model in [submit(build_reward_model, folders, name, seed) for name in REWARD_MODELS]:
+        model.result()
+
+
+def build_tokenizer(folders: Folders, seed: int) -> None:
+    texts = draw_texts("base", 4000, seed)
+    train_tokenizer(prompt + response for prompt, response in texts).save_pretrained(folders.tokenizer)
+
+
+def build_language_model(folders: Folders, name: str, shape: Shape, seed: int) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folders.tokenizer)
+    model = train_language_model(shape, tokenizer, seed, name)
+    facts = {"kind": "language model", "texts": shape.texts, "learning_rate": shape.learning_rate, "seed": seed}
+    save_checkpoint(model, tokenizer, folders.language_model(name), facts, store="bfloat16")
+
+
+def build_pairs(folders: Folders, split: Split, count: int, seed: int) -> None:
+    model, tokenizer = _load_base(folders)
+    write_rows(draw_pairs(model, tokenizer, split, count, seed), folders.pairs(split))
+
+
+def build_reward_model(folders: Folders, name: str, seed: int) -> None:
+    """By `steersman train reward`, from the same YAML that users read; only paths and seed are given over it."""
+    evaluation = name == "reward-evaluation"
+    flags = {
+        "config": CONFIGS / f"{name}.yaml",
+        "model": folders.language_model("evaluation" if evaluation else "small"),
+        "train_file": folders.pairs("evaluation" if evaluation else "reward"),
+        "validation_file": folders.pairs("validation"),
+        "output_dir": folders.models / name,
+        "seed": seed + evaluation,
+    }
+    code = reward.main([part for flag, value in flags.items() for part in (f"--{flag}", str(value))])
+    if code:
+        raise RuntimeError(f"{name}: steersman train reward ended with {code}")
+
+
+def build_prompts(folders: Folders, seed: int) -> None:
+    (folders.out / "prompts").mkdir(exist_ok=True)
+    for split, count in PROMPTS.items():
+        rows = [
+            {"prompt": prompt.text, "messages": [{"role": "user", "content": prompt.message}]}
+            for prompt in draw_prompts(split, count, seed)
+        ]
+        write_rows(rows, folders.out / "prompts" / f"{split}.jsonl")
+
+
+def measure(folders: Folders, seed: int) -> dict[str, Any]:
+    """The quality of what was built, on test prompts and test pairs."""
+    torch.set_num_threads(1)
+    model, tokenizer = _load_base(folders)
+    test_pairs = read_rows(folders.pairs("test"))
+    quality: dict[str, Any] = {
+        "seed": seed,
+        "base": measure_base(model, tokenizer, draw_prompts("test", 1000, seed + 1), seed),
+        "pairs": {"test": len(test_pairs), "label_agreement": round(agreement(read_rows(folders.pairs("reward"))), 4)},
+        "accuracy": {},
+    }
+    for name in REWARD_MODELS:
+        quality["accuracy"][name] = measure_reward(folders.models / name, tokenizer, test_pairs)
+        add_facts(folders.models / name, {"gold_accuracy": quality["accuracy"][name]})
+    return quality
+
+
+def _load_base(folders: Folders) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    model = AutoModelForCausalLM.from_pretrained(folders.base, dtype="float32")
+    return model.eval(), AutoTokenizer.from_pretrained(folders.base)
+
+
+def _two_processes() -> ProcessPoolExecutor:
+    # Two threads that spin on shared cores fall far below one; a waiting thread must sleep.
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(2, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m steersman.training.world.build", description="Builds the demo world.")
+    parser.add_argument("--out", type=Path, default=HERE, help="where models/ and prompts/ go (default: the package)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    print(json.dumps(build(arguments.out, arguments.seed), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
