@@ -120,12 +120,15 @@ class CausalModel:
         sequence = self._sequences.get(key)
         return 0 if sequence is None else sequence.length
 
-    def release(self, key: Hashable, tokens: Sequence[int] | None = None) -> None:
-        """Gives a key's blocks back; with `tokens` they stay findable for requests that begin alike."""
+    def release(self, key: Hashable, tokens: Sequence[int] | None = None, failed: bool = False) -> None:
+        """Gives a key's blocks back; with `tokens` they stay findable for requests that begin alike. After a failure
+        nothing that is not a finite number stays behind in them."""
         sequence = self._sequences.pop(key, None)
         if sequence is None:
             return
-        if tokens is not None:
+        if failed:
+            self.cache.scrub(sequence)
+        elif tokens is not None:
             self.cache.register(sequence, tokens)
         self.cache.release(sequence)
 
@@ -156,7 +159,7 @@ class CausalModel:
 
     def _tables(self, sequences: Sequence[CachedSequence], longest: int) -> torch.Tensor:
         width = -(-longest // BLOCK_SIZE)
-        padded = [(s.blocks + [0] * width)[:width] for s in sequences]
+        padded = [(s.blocks + [self.cache.padding] * width)[:width] for s in sequences]
         return torch.tensor(padded, device=self.device)
 
     def _destinations(self, rows: list[tuple[CachedSequence, Sequence[int]]]) -> tuple[torch.Tensor, torch.Tensor]:

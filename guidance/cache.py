@@ -55,9 +55,12 @@ class PagedCache:
         self, layers: Sequence[LayerShape], num_blocks: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self.num_blocks = num_blocks
-        # Zeroed: a masked weight of 0 times uninitialised NaN would still be NaN.
-        self.keys = [_zeros(shape.heads, num_blocks, shape.key_width, dtype, device) for shape in layers]
-        self.values = [_zeros(shape.heads, num_blocks, shape.value_width, dtype, device) for shape in layers]
+        self.padding = num_blocks
+        """Index of one block more that no sequence ever gets: tables are padded with it."""
+        # Masked columns are read and weighted with 0, and 0 · NaN is NaN: blocks begin as zeros, a block that is
+        # handed out holds finite numbers only (see scrub), and padding is never written.
+        self.keys = [_zeros(shape.heads, num_blocks + 1, shape.key_width, dtype, device) for shape in layers]
+        self.values = [_zeros(shape.heads, num_blocks + 1, shape.value_width, dtype, device) for shape in layers]
         self._blocks = [Block(index) for index in range(num_blocks)]
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._children: dict[int, OrderedDict[tuple[int, ...], int]] = {}
@@ -121,6 +124,15 @@ class PagedCache:
                     self._free.move_to_end(index, last=False)
         sequence.blocks.clear()
         sequence.length = 0
+
+    def scrub(self, sequence: CachedSequence) -> None:
+        """Zeroes and forgets those of the sequence's blocks that hold a number that is not finite."""
+        for index in sequence.blocks:
+            layers = [layer[:, index] for layer in (*self.keys, *self.values)]
+            if not all(bool(layer.isfinite().all()) for layer in layers):
+                self._forget(self._blocks[index])
+                for layer in layers:
+                    layer.zero_()
 
     def _find_full(self, parent: int, tokens: Sequence[int], start: int) -> Block | None:
         chunk = tuple(tokens[start : start + BLOCK_SIZE])

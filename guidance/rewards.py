@@ -1,5 +1,6 @@
 """Reward models: candidate scoring over a cached prefix (same tokenizer, causal) and scoring of text (any other)."""
 
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from steersman.guidance.auxiliary import CausalModel, ModelRefused, require_safetensors, verify
 from steersman.guidance.cache import BLOCK_SIZE, CacheFull
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +55,8 @@ class RewardModel(Protocol):
         room raises Unscorable only when it is scored alone; beside others its rewards are NaN."""
         ...
 
-    def release(self, key: Hashable, tokens: Sequence[int] | None = None) -> None:
-        """Forgets a request; with `tokens` later requests that begin alike may reuse its cache."""
+    def release(self, key: Hashable, tokens: Sequence[int] | None = None, failed: bool = False) -> None:
+        """Forgets a request; with `tokens` later requests that begin alike may reuse its cache, unless it failed."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -113,9 +116,9 @@ class CausalReward:
         )
         return outputs[..., 0], read
 
-    def release(self, key: Hashable, tokens: Sequence[int] | None = None) -> None:
+    def release(self, key: Hashable, tokens: Sequence[int] | None = None, failed: bool = False) -> None:
         """See RewardModel.release."""
-        self.model.release(key, tokens)
+        self.model.release(key, tokens, failed)
 
     def describe(self) -> dict[str, Any]:
         """See RewardModel.describe."""
@@ -178,7 +181,7 @@ class TextReward:
             rewards[part] = self.model(**padded.to(self.device)).logits[:, 0].float().cpu()
         return rewards.view(len(prefixes), k), sizes
 
-    def release(self, key: Hashable, tokens: Sequence[int] | None = None) -> None:
+    def release(self, key: Hashable, tokens: Sequence[int] | None = None, failed: bool = False) -> None:
         """Nothing is kept between steps."""
 
     def describe(self) -> dict[str, Any]:
@@ -200,13 +203,7 @@ def load_reward_model(
 
     Raises ModelRefused with the reason and the way out. Only safetensors are read.
     """
-    require_safetensors(path, name)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelRefused(f"reward model {name!r}: {path} cannot be read: {_first_line(error)}") from error
-    _require_reward_head(name, path, config)
+    config, tokenizer, causal = inspect_checkpoint(name, path, base_tokenizer, trust_remote_code)
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             path,
@@ -220,14 +217,38 @@ def load_reward_model(
     if missing := sorted(report["missing_keys"]):
         raise ModelRefused(f"reward model {name!r}: {path} lacks the weights {', '.join(missing[:3])}")
     model = model.to(device)
-    if _is_causal(config) and same_tokenizer(tokenizer, base_tokenizer):
+    if causal:
         return CausalReward(model, name, cache_bytes)
-    if declared_kind(config) == "reward":
+    logger.warning(
+        "reward model %r (%s) does not share the base model's tokenizer or is not causal: it is scored from text, "
+        "which reads the whole answer again for every candidate and is much slower",
+        name,
+        config.model_type,
+    )
+    return TextReward(model, name, tokenizer, decode=_text_decoder(base_tokenizer))
+
+
+def inspect_checkpoint(
+    name: str, path: str, base_tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
+) -> tuple[Any, PreTrainedTokenizerBase, bool]:
+    """Everything that can be said of a checkpoint without its weights: config, tokenizer, whether the causal path fits.
+
+    Raises ModelRefused for what cannot be served.
+    """
+    require_safetensors(path, name)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelRefused(f"reward model {name!r}: {path} cannot be read: {_first_line(error)}") from error
+    _require_reward_head(name, path, config)
+    shared = same_tokenizer(tokenizer, base_tokenizer)
+    if declared_kind(config) == "reward" and not shared:
         raise ModelRefused(
             f"reward model {name!r}: {path} was trained on another tokenizer than the base model's "
             f"({_size(tokenizer)} against {_size(base_tokenizer)} tokens); train it from a checkpoint that shares it"
         )
-    return TextReward(model, name, tokenizer, decode=_text_decoder(base_tokenizer))
+    return config, tokenizer, shared and _is_causal(config)
 
 
 def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:

@@ -33,6 +33,8 @@ class GuidedRequest:
     """For each generated position the step that scored it and this request's row there."""
     reward_model_tokens: int = 0
     error: str | None = None
+    finished: bool = False
+    """Reported on and released; a row that is still in the batch for a moment is no longer guided."""
 
 
 @dataclass(slots=True)
@@ -62,10 +64,10 @@ class GuidanceRuntime:
             self._forget_oldest()
         return request
 
-    def pause(self, key: Hashable, tokens: Sequence[int] | None = None) -> None:
+    def pause(self, key: Hashable, tokens: Sequence[int] | None = None, failed: bool = False) -> None:
         """Frees the request's cache, keeping its record: it has left the batch, for good or for a while."""
         for model in self.reward_models.values():
-            model.release(key, tokens)
+            model.release(key, tokens, failed)
 
     def finish(self, key: Hashable, response: Sequence[int]) -> Report | None:
         """Frees everything the request holds and reports on the `response` tokens; None if the key is unknown."""
@@ -84,7 +86,7 @@ class GuidanceRuntime:
         Scoring a position again is harmless. A row that cannot be scored fails alone: its request is marked, and the
         end token is forced so that it stops soon.
         """
-        live = [row for row in rows if row.request.error is None]
+        live = [row for row in rows if row.request.error is None and not row.request.finished]
         if live:
             self._guide(logits, live)
         for row in rows:
@@ -163,7 +165,7 @@ class GuidanceRuntime:
             if len(rows) == 1:
                 logger.warning("a guided request failed: %s", error)
                 rows[0].request.error = f"reward model {model.name!r} could not score the answer: {error}"
-                model.release(rows[0].request.key)
+                self.pause(rows[0].request.key, failed=True)
                 return torch.full(candidates.shape, torch.nan, device=ids.device)
             # One row spoils the batch: score them one by one to find it, so that the others go on.
             parts = [
@@ -180,7 +182,7 @@ class GuidanceRuntime:
             names = [t.model for m, t in enumerate(request.plan.rewards) if not bool(rewards[m].isfinite().all())]
             request.error = f"reward model {', '.join(map(repr, names))} returned a reward that is not a finite number"
             logger.warning("a guided request failed: %s", request.error)
-        self.pause(request.key)
+        self.pause(request.key, failed=True)
 
     def _force_end(self, row: torch.Tensor) -> None:
         # Never against a grammar: where the end token is masked, the base's own distribution stays.

@@ -175,7 +175,10 @@ def _facts(arguments: RewardArguments, config: RewardConfig, pairs: int) -> dict
         "seed": config.seed,
     }
     if arguments.objective == "partial":
-        facts |= {"loss": "Bradley-Terry on prefixes of equal length (PARGS, equation 4)", "prefixes": arguments.prefixes}
+        facts |= {
+            "loss": "Bradley-Terry on prefixes of equal length (PARGS, equation 4)",
+            "prefixes": arguments.prefixes,
+        }
         name = "subset_ratio" if arguments.prefixes == "subset" else "prefixes_per_pair"
         facts[name] = getattr(arguments, name)
     return facts

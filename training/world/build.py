@@ -80,7 +80,10 @@ def build(out: Path, seed: int) -> dict[str, Any]:
 def _build_models(folders: Folders, seed: int, submit: Callable[..., Future[Any]]) -> None:
     """Each step is submitted as soon as what it reads is there; two run at a time."""
     base = submit(build_language_model, folders, "base", BASE, seed)
-    others = [submit(build_language_model, folders, name, SMALL, seed + n) for n, name in enumerate(("small", "evaluation"), 1)]
+    others = [
+        submit(build_language_model, folders, name, SMALL, seed + n)
+        for n, name in enumerate(("small", "evaluation"), 1)
+    ]
     base.result()
     pairs = [submit(build_pairs, folders, split, count, seed) for split, count in PAIRS.items()]
     for step in others + pairs:
@@ -162,7 +165,9 @@ def _two_processes() -> ProcessPoolExecutor:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m steersman.training.world.build", description="Builds the demo world.")
+    parser = argparse.ArgumentParser(
+        prog="python -m steersman.training.world.build", description="Builds the demo world."
+    )
     parser.add_argument("--out", type=Path, default=HERE, help="where models/ and prompts/ go (default: the package)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)

@@ -40,7 +40,11 @@ PROBLEMS: dict[str, tuple[str, ...]] = {
         "I want my money back for the {item}",
     ),
     "wrong": ("you sent the wrong {item}", "my {item} has the wrong colour", "this is not the {item} I ordered"),
-    "charged": ("I was charged twice for my {item}", "I paid two times for the {item}", "the bill for my {item} is too high"),
+    "charged": (
+        "I was charged twice for my {item}",
+        "I paid two times for the {item}",
+        "the bill for my {item} is too high",
+    ),
     "manual": (
         "there is no manual with my {item}",
         "I can not find the manual of my {item}",
@@ -120,7 +124,10 @@ EXTRAS: dict[Tone, tuple[str, ...]] = {
 }
 CLOSINGS: dict[Tone, tuple[str, ...]] = {
     "warm": ("Please write to me if you need anything else, {name}.", "Please let us know, we are happy to help."),
-    "neutral": ("Please reply to this message if the {item} is still a problem.", "Please keep the number of the order."),
+    "neutral": (
+        "Please reply to this message if the {item} is still a problem.",
+        "Please keep the number of the order.",
+    ),
     "curt": ("Please check our page first next time.", "Please wait."),
     "rude": ("Please do not write to me again, {name}.", "Please learn to read next time."),
 }

@@ -1,0 +1,123 @@
+"""Routes: vLLM's completions and chat completions with guidance, and `GET /v1/guidance`."""
+
+import json
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
+
+from steersman.guidance.request import GuidanceError
+from steersman.server.engine import GuidedEngine
+from steersman.server.errors import reject
+from steersman.server.protocol import GuidedChatCompletionRequest, GuidedCompletionRequest
+from steersman.server.vllm import (
+    ChatCompletionResponse,
+    CompletionResponse,
+    ErrorResponse,
+    load_aware_call,
+    validate_json_request,
+    with_cancellation,
+    with_sse_keep_alive,
+)
+
+router = APIRouter()
+
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}},
+    400: {"model": ErrorResponse},
+    404: {"model": ErrorResponse},
+    500: {"model": ErrorResponse},
+}
+
+
+@router.get("/v1/guidance")
+async def show_guidance(raw_request: Request) -> dict[str, Any]:
+    """What can be asked for: methods with their schemas, loaded models and the state of their caches, limits."""
+    return await _engine(raw_request).describe()
+
+
+@router.post("/v1/completions", dependencies=[Depends(validate_json_request)], responses=_RESPONSES)
+@with_cancellation
+@load_aware_call
+async def create_completion(request: GuidedCompletionRequest, raw_request: Request) -> Any:
+    """OpenAI's completions with `guidance`."""
+    _check(request, raw_request)
+    answer = await raw_request.app.state.openai_serving_completion.create_completion(request, raw_request)
+    return _respond(answer, request, raw_request)
+
+
+@router.post("/v1/chat/completions", dependencies=[Depends(validate_json_request)], responses=_RESPONSES)
+@with_cancellation
+@load_aware_call
+async def create_chat_completion(request: GuidedChatCompletionRequest, raw_request: Request) -> Any:
+    """OpenAI's chat completions with `guidance`."""
+    _check(request, raw_request)
+    answer = await raw_request.app.state.openai_serving_chat.create_chat_completion(request, raw_request)
+    return _respond(answer, request, raw_request)
+
+
+def attach_routes(app: FastAPI) -> None:
+    """Puts our routes in the place of vLLM's with the same path and method."""
+    ours = {(route.path, method) for route in router.routes if isinstance(route, APIRoute) for method in route.methods}
+    app.router.routes[:] = [
+        route
+        for route in app.router.routes
+        if not (isinstance(route, APIRoute) and any((route.path, method) in ours for method in route.methods))
+    ]
+    app.include_router(router)
+
+
+def _engine(raw_request: Request) -> GuidedEngine:
+    return raw_request.app.state.engine_client
+
+
+def _check(request: GuidedCompletionRequest | GuidedChatCompletionRequest, raw_request: Request) -> None:
+    if request.parsed_guidance is not None:
+        try:
+            _engine(raw_request).registry.check(request.parsed_guidance)
+        except GuidanceError as error:
+            reject(error)
+
+
+def _respond(answer: Any, request: GuidedCompletionRequest | GuidedChatCompletionRequest, raw_request: Request) -> Any:
+    engine, keys, n = _engine(raw_request), request.guidance_keys, request.n or 1
+    if isinstance(answer, ErrorResponse):
+        for key in keys:
+            engine.take_reports(key)
+        return JSONResponse(answer.model_dump(), status_code=answer.error.code)
+    if isinstance(answer, CompletionResponse | ChatCompletionResponse):
+        body = answer.model_dump()
+        if keys:
+            reports = [engine.take_reports(key) for key in keys]
+            for choice in body["choices"]:
+                choice["guidance"] = reports[choice["index"] // n].get(choice["index"] % n)
+        return JSONResponse(body)
+    events = _with_reports(answer, engine, keys, n) if keys else answer
+    interval = float(getattr(raw_request.app.state.args, "sse_keep_alive_interval", 0))
+    return StreamingResponse(with_sse_keep_alive(events, interval), media_type="text/event-stream")
+
+
+async def _with_reports(
+    events: AsyncGenerator[str, None], engine: GuidedEngine, keys: list[str], n: int
+) -> AsyncGenerator[str, None]:
+    """Adds `guidance` to the chunk that carries a choice's finish_reason; other chunks pass as they are."""
+    try:
+        async for event in events:
+            yield _add_report(event, engine, keys, n) if '"finish_reason":"' in event else event
+    finally:
+        await events.aclose()
+        for key in keys:
+            engine.take_reports(key)
+
+
+def _add_report(event: str, engine: GuidedEngine, keys: list[str], n: int) -> str:
+    chunk = json.loads(event.removeprefix("data: "))
+    for choice in _finished(chunk):
+        choice["guidance"] = engine.peek_report(keys[choice["index"] // n], choice["index"] % n)
+    return f"data: {json.dumps(chunk, separators=(',', ':'), ensure_ascii=False)}\n\n"
+
+
+def _finished(chunk: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    return (choice for choice in chunk.get("choices", ()) if choice.get("finish_reason"))

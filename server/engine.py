@@ -1,0 +1,140 @@
+"""The engine as the HTTP routes see it: admits guided requests, collects their reports, turns failures into errors."""
+
+import asyncio
+import random
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from steersman.guidance.plan import Plan, compile_plan
+from steersman.guidance.request import GuidanceError, parse_guidance
+from steersman.server.budget import CacheBudget
+from steersman.server.config import CONFIG_KEY
+from steersman.server.errors import GuidanceFailed, reject
+from steersman.server.registry import Registry
+from steersman.server.vllm import EngineClient, RequestOutput, RequestOutputKind, SamplingParams
+
+
+@dataclass(frozen=True)
+class _Ticket:
+    """A guided request on its way through the engine. Choice i has the seed that vLLM gives it."""
+
+    key: str
+    choices: int
+    seed: int | None
+    blocks: dict[str, int]
+
+    def choice_seed(self, index: int) -> int | None:
+        return self.seed if self.choices == 1 or self.seed is None else self.seed + index
+
+
+class GuidedEngine:
+    """Wraps vLLM's engine client; everything but `generate` is vLLM's own."""
+
+    def __init__(self, engine: EngineClient, registry: Registry) -> None:
+        self._engine = engine
+        self.registry = registry
+        self.budget = CacheBudget({m.name: m.cache_blocks for m in registry.reward_models.values() if m.cache_blocks})
+        self._reports: dict[str, dict[int, dict[str, Any]]] = {}
+        self._cleaning: set[asyncio.Task[Any]] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Checks a guided request before anything is sent, so that even a stream is refused with HTTP 400."""
+        entry = (sampling_params.extra_args or {}).get(CONFIG_KEY)
+        if entry is None:
+            return self._engine.generate(prompt, sampling_params, request_id, **kwargs)
+        try:
+            ticket = self._admit(entry, prompt, sampling_params)
+        except GuidanceError as error:
+            reject(error)
+        return self._generate_guided(ticket, prompt, sampling_params, request_id, kwargs)
+
+    async def describe(self) -> dict[str, Any]:
+        """The body of `GET /v1/guidance`: the registry's facts with the workers' current cache use."""
+        body = self.registry.describe()
+        replies = await self._engine.collective_rpc("steersman_describe")
+        current = {model["name"]: model for reply in replies if reply is not None for model in reply["reward_models"]}
+        for model in body["reward_models"]:
+            model["cache_blocks_in_use"] = current[model["name"]].get("cache_blocks_in_use")
+        return body
+
+    def take_reports(self, key: str) -> dict[int, dict[str, Any]]:
+        """Reports by choice of a finished request; they are kept until they are taken."""
+        return self._reports.pop(key, {})
+
+    def peek_report(self, key: str, index: int) -> dict[str, Any] | None:
+        """The report of one choice of a request that may still be streaming."""
+        return self._reports.get(key, {}).get(index)
+
+    def _admit(self, entry: dict[str, Any], prompt: Any, params: SamplingParams) -> _Ticket:
+        plan: Plan = compile_plan(parse_guidance(entry["guidance"]))
+        tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+        if not tokens:
+            raise GuidanceError("prompt", "guidance needs at least one prompt token; send a prompt that is not empty")
+        params.max_tokens = self.registry.check_length(
+            plan, len(tokens), params.max_tokens or 1, entry["max_tokens_given"]
+        )
+        blocks = self.registry.blocks(plan, len(tokens) + params.max_tokens, params.n)
+        if (name := self.budget.too_large(blocks)) is not None:
+            size = self.registry.reward_models[name].block_size
+            raise GuidanceError(
+                "max_tokens",
+                f"prompt and answer of n={params.n} choices need {blocks[name] * size} tokens in the cache of reward "
+                f"model {name!r}, which holds {self.budget.capacity[name] * size}; ask for fewer or start the server "
+                "with a larger --guidance-cache",
+            )
+        if params.n > 1 and params.seed is None:
+            params.seed = random.getrandbits(31)
+        return _Ticket(entry["key"], params.n, params.seed, blocks)
+
+    async def _generate_guided(
+        self, ticket: _Ticket, prompt: Any, params: SamplingParams, request_id: str, kwargs: dict[str, Any]
+    ) -> AsyncGenerator[RequestOutput, None]:
+        unfinished = set(range(ticket.choices))
+        responses: dict[int, list[int]] = defaultdict(list)
+        delta = params.output_kind is RequestOutputKind.DELTA
+        try:
+            async with (
+                self.budget.reserve(ticket.blocks),
+                aclosing(self._engine.generate(prompt, params, request_id, **kwargs)) as outputs,
+            ):
+                async for output in outputs:
+                    for choice in output.outputs:
+                        if delta:
+                            responses[choice.index].extend(choice.token_ids)
+                        else:
+                            responses[choice.index] = list(choice.token_ids)
+                        if choice.finish_reason is not None and choice.index in unfinished:
+                            unfinished.discard(choice.index)
+                            await self._collect(ticket, choice.index, responses[choice.index])
+                    yield output
+        finally:
+            # The request is already aborted in the engine; its caches are given back behind that, in order.
+            for index in unfinished:
+                self._in_background(self._finish(ticket, index, []))
+
+    async def _collect(self, ticket: _Ticket, index: int, response: list[int]) -> None:
+        report = await self._finish(ticket, index, response)
+        if report is None:
+            return
+        error = report.pop("error")
+        if error is not None:
+            raise GuidanceFailed(f"guidance failed: {error}")
+        self._reports.setdefault(ticket.key, {})[index] = report
+
+    async def _finish(self, ticket: _Ticket, index: int, response: list[int]) -> dict[str, Any] | None:
+        seed = ticket.choice_seed(index)
+        replies = await self._engine.collective_rpc("steersman_finish", args=(ticket.key, seed, response))
+        return next((reply for reply in replies if reply is not None), None)
+
+    def _in_background(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._cleaning.add(task)
+        task.add_done_callback(self._cleaning.discard)

@@ -1,0 +1,111 @@
+"""`steersman serve`: vLLM's OpenAI server with guidance."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+import uvloop
+
+from steersman.guidance.auxiliary import ModelRefused
+from steersman.server.config import CONFIG_KEY, ServerConfig, parse_named_paths
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serves until it is told to stop. Returns 2 for a start that was refused and 1 for one that failed, after one
+    line that says why."""
+    try:
+        args = parse_arguments(argv)
+        check_before_start(args)
+        uvloop.run(serve(args))
+    except ModelRefused as refusal:
+        print(f"steersman: {refusal}", file=sys.stderr)
+        return 2
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        print(f"steersman: the server stopped: {reason}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """vLLM's own flags, with ours beside them and ours bound to the loopback address by default."""
+    from steersman.server import vllm
+
+    vllm.cli_env_setup()
+    parser = vllm.FlexibleArgumentParser(prog="steersman serve", description="vLLM's OpenAI server with guidance.")
+    vllm.make_arg_parser(parser)
+    group = parser.add_argument_group("guidance")
+    group.add_argument(
+        "--reward-model",
+        action="append",
+        default=[],
+        metavar="NAME=PATH_OR_REPO",
+        help="A reward model that requests may name; give the flag once for each.",
+    )
+    group.add_argument(
+        "--guidance-cache",
+        type=float,
+        default=1.0,
+        metavar="GIB",
+        help="Memory for the key-value caches of all reward models together. Default: 1.",
+    )
+    parser.set_defaults(host="127.0.0.1")
+    args = parser.parse_args(list(argv))
+    if args.model_tag:
+        args.model = args.model_tag
+    vllm.configure_logging_from_args(args)
+    vllm.validate_parsed_serve_args(args)
+    return args
+
+
+def check_before_start(args: argparse.Namespace) -> None:
+    """Refuses in a second what would fail only after the base model is loaded, and hands the rest to the workers."""
+    from steersman.guidance.rewards import inspect_checkpoint
+    from steersman.server.loading import load_tokenizer
+
+    if args.guidance_cache <= 0:
+        raise ModelRefused(f"--guidance-cache {args.guidance_cache}: give a positive number of GiB")
+    if (args.api_server_count or 1) > 1:
+        raise ModelRefused("--api-server-count: guidance is admitted by one API process; leave it at 1")
+    if args.speculative_config is not None:
+        raise ModelRefused("--speculative-config: guidance does not work with speculative decoding; leave it out")
+    config = ServerConfig(parse_named_paths("--reward-model", args.reward_model), args.guidance_cache)
+    try:
+        tokenizer = load_tokenizer(args.tokenizer or args.model, args.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelRefused(f"base model {args.model}: its tokenizer cannot be read: {reason}") from error
+    for name, path in config.reward_models.items():
+        inspect_checkpoint(name, path, tokenizer, args.trust_remote_code)
+    additional = args.additional_config or {}
+    if isinstance(additional, str):
+        additional = json.loads(additional)
+    args.additional_config = {**additional, CONFIG_KEY: config.dump()}
+    args.worker_extension_cls = "steersman.server.worker.GuidanceWorkerExtension"
+
+
+async def serve(args: argparse.Namespace) -> None:
+    """Starts the engine, replaces the routes, and serves until shutdown."""
+    from steersman.server import vllm
+    from steersman.server.app import attach_routes
+    from steersman.server.engine import GuidedEngine
+    from steersman.server.registry import build_registry
+
+    _, sock = vllm.setup_server(args, reuse_port=False)
+    try:
+        async with vllm.build_engine(vllm.AsyncEngineArgs.from_cli_args(args)) as engine:
+            described = [reply for reply in await engine.collective_rpc("steersman_describe") if reply is not None]
+            if described[0]["refusal"] is not None:
+                raise ModelRefused(described[0]["refusal"])
+            registry = build_registry(described[0]["reward_models"])
+            tasks = await engine.get_supported_tasks()
+            app = vllm.build_app(args, tasks, engine.model_config)
+            attach_routes(app)
+            await vllm.init_app_state(GuidedEngine(engine, registry), app.state, args, tasks)
+            shutdown = await vllm.serve_app(app, sock, args)
+        await shutdown
+    finally:
+        sock.close()

@@ -1,0 +1,107 @@
+"""Every import of vLLM's entry points: they move between releases, so they are named in this one place."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import (
+    cli_env_setup,
+    load_aware_call,
+    validate_json_request,
+    with_cancellation,
+)
+from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
+from vllm.exceptions import GenerationError, VLLMValidationError
+from vllm.logger import configure_logging_from_args
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+
+__all__ = [
+    "AsyncEngineArgs",
+    "ChatCompletionRequest",
+    "ChatCompletionResponse",
+    "CompletionRequest",
+    "CompletionResponse",
+    "EngineClient",
+    "ErrorResponse",
+    "FlexibleArgumentParser",
+    "GenerationError",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "VLLMValidationError",
+    "build_app",
+    "build_engine",
+    "cli_env_setup",
+    "configure_logging_from_args",
+    "init_app_state",
+    "load_aware_call",
+    "make_arg_parser",
+    "serve_app",
+    "setup_server",
+    "validate_json_request",
+    "validate_parsed_serve_args",
+    "with_cancellation",
+    "with_sse_keep_alive",
+]
+
+_PROCESSORS = {
+    False: "steersman.server.logits_v1:GuidanceLogitsProcessor",
+    True: "steersman.server.logits_v2:GuidanceLogitsProcessor",
+}
+
+
+@asynccontextmanager
+async def build_engine(engine_args: AsyncEngineArgs) -> AsyncIterator[AsyncLLM]:
+    """vLLM's engine with the guidance processor that fits its model runner."""
+    vllm_config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    own = _PROCESSORS[bool(vllm_config.use_v2_model_runner)]
+    vllm_config.model_config.logits_processors = [*(vllm_config.model_config.logits_processors or []), own]
+    engine = AsyncLLM.from_vllm_config(
+        vllm_config=vllm_config,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        enable_log_requests=engine_args.enable_log_requests,
+        aggregate_engine_logging=engine_args.aggregate_engine_logging,
+        disable_log_stats=engine_args.disable_log_stats,
+    )
+    try:
+        await engine.reset_mm_cache()
+        yield engine
+    finally:
+        engine.shutdown(timeout=vllm_config.shutdown_timeout)
+
+
+async def serve_app(app: FastAPI, sock: Any, args: Any) -> Any:
+    """Serves an initialised app on a bound socket; returns vLLM's shutdown task."""
+    log_config = get_uvicorn_log_config(args)
+    return await serve_http(
+        app,
+        sock=sock,
+        enable_ssl_refresh=args.enable_ssl_refresh,
+        host=args.host,
+        port=args.port,
+        log_level=args.uvicorn_log_level,
+        access_log=not args.disable_uvicorn_access_log,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        ssl_ca_certs=args.ssl_ca_certs,
+        ssl_cert_reqs=args.ssl_cert_reqs,
+        ssl_ciphers=args.ssl_ciphers,
+        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+        h11_max_header_count=args.h11_max_header_count,
+        **({} if log_config is None else {"log_config": log_config}),
+    )

@@ -1,0 +1,40 @@
+"""The worker's side door: what the API process asks of the runtime between two steps."""
+
+from dataclasses import asdict
+from typing import Any
+
+from steersman.server.loading import WorkerRuntime
+
+
+class GuidanceWorkerExtension:
+    """Mixed into vLLM's worker class; every method name carries a prefix because it shares the worker's namespace."""
+
+    model_runner: Any
+
+    def steersman_describe(self) -> dict[str, Any] | None:
+        """What is loaded; None on a worker that does not sample (not the last pipeline stage)."""
+        runtime = self._steersman_runtime()
+        if runtime is None:
+            return None
+        return {
+            "refusal": runtime.refusal,
+            "reward_models": [model.describe() for model in runtime.reward_models.values()],
+        }
+
+    def steersman_finish(self, key: str, seed: int | None, response: list[int]) -> dict[str, Any] | None:
+        """Releases one choice of a request and reports on its `response` tokens."""
+        runtime = self._steersman_runtime()
+        report = None if runtime is None else runtime.finish((key, seed), response)
+        return None if report is None else asdict(report)
+
+    def _steersman_runtime(self) -> WorkerRuntime | None:
+        from steersman.server.logits_v1 import GuidanceLogitsProcessor as ProcessorV1
+
+        if hasattr(self.model_runner, "input_batch"):
+            processors = self.model_runner.input_batch.logitsprocs.all
+            return next((p.runtime for p in processors if isinstance(p, ProcessorV1)), None)
+        from steersman.server.logits_v2 import GuidanceLogitsProcessor as ProcessorV2
+
+        sampler = getattr(self.model_runner, "sampler", None)
+        processors = () if sampler is None else sampler.logits_processors
+        return next((p.runtime for p in processors if isinstance(p, ProcessorV2)), None)

@@ -1,0 +1,65 @@
+"""Servers that several rooms of tests share: starting one takes half a minute."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from tests.support.server import Server
+from tests.support.tiny import build_tokenizer, randomise, save_base, save_reward
+
+POISON = 319
+"""A token whose embedding is NaN in the reward model `broken`: any prompt that holds it cannot be scored."""
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `base`, `first` (Llama), `second` (GPT-2), `narrow` (a window of 64), `broken` and `text` (DeBERTa)."""
+    folder = tmp_path_factory.mktemp("models")
+    save_base(folder / "base")
+    save_reward(folder / "first", seed=1)
+    save_reward(folder / "second", seed=2, kind="GPT2", n_embd=64, n_layer=2, n_head=2, n_positions=512)
+    save_reward(folder / "narrow", seed=3, max_position_embeddings=64)
+    _save_broken(folder / "broken")
+    _save_text_model(folder / "text")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with all the reward models, room for few tokens of the base (so that requests are preempted), and
+    prompts read in pieces of at most 64 tokens."""
+    with Server(tmp_path_factory.mktemp("server") / "log", *serve_flags(models)) as running:
+        yield running
+
+
+def serve_flags(models: Path) -> list[str]:
+    """Flags of the shared server."""
+    names = ["first", "second", "narrow", "broken", "text"]
+    rewards = [flag for name in names for flag in ("--reward-model", f"{name}={models / name}")]
+    return [
+        *(str(models / "base"), "--served-model-name", "base", "--dtype", "float32", "--enforce-eager"),
+        *("--max-model-len", "256", "--max-num-seqs", "32", "--max-num-batched-tokens", "64"),
+        *("--block-size", "32", "--num-gpu-blocks-override", "48", "--guidance-cache", "0.05"),
+        *rewards,
+    ]
+
+
+def _save_broken(folder: Path) -> None:
+    save_reward(folder, seed=4)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[POISON] = torch.nan
+    model.save_pretrained(folder)
+
+
+def _save_text_model(folder: Path) -> None:
+    config = transformers.DebertaV2Config(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=256, type_vocab_size=0, num_labels=1, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.AutoModelForSequenceClassification.from_config(config).float()
+    randomise(model, seed=5, spread=0.3).save_pretrained(folder)  # type: ignore[operator]
+    build_tokenizer(vocabulary=300).save_pretrained(folder)
