@@ -115,10 +115,10 @@ class CausalModel:
             sequence.length = length
         return self.head(hidden[:, fed - k :]).float()
 
-    def cached_length(self, key: Hashable) -> int:
-        """Tokens of this key that are cached; 0 if it is unknown."""
+    def covers(self, key: Hashable, length: int) -> bool:
+        """Whether this key is admitted and its first `length` tokens are cached."""
         sequence = self._sequences.get(key)
-        return 0 if sequence is None else sequence.length
+        return sequence is not None and sequence.length >= length
 
     def release(self, key: Hashable, tokens: Sequence[int] | None = None, failed: bool = False) -> None:
         """Gives a key's blocks back; with `tokens` they stay findable for requests that begin alike. After a failure

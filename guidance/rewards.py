@@ -94,7 +94,7 @@ class CausalReward:
     ) -> tuple[torch.Tensor, list[int]]:
         """See RewardModel.score."""
         read = [0] * len(prefixes)
-        behind = [g for g, p in enumerate(prefixes) if self.model.cached_length(p.key) < len(p) - 1]
+        behind = [g for g, p in enumerate(prefixes) if not self.model.covers(p.key, len(p) - 1)]
         if behind:
             wanted = [(prefixes[g].key, prefixes[g].tokens()[:-1]) for g in behind]
             done = self.model.prefill(wanted)

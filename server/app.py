@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.dependencies.utils import get_parameterless_sub_dependant
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 
@@ -59,14 +60,31 @@ async def create_chat_completion(request: GuidedChatCompletionRequest, raw_reque
 
 
 def attach_routes(app: FastAPI) -> None:
-    """Puts our routes in the place of vLLM's with the same path and method."""
+    """Puts our routes in the place of vLLM's with the same path and method; the others refuse guidance."""
     ours = {(route.path, method) for route in router.routes if isinstance(route, APIRoute) for method in route.methods}
     app.router.routes[:] = [
         route
         for route in app.router.routes
         if not (isinstance(route, APIRoute) and any((route.path, method) in ours for method in route.methods))
     ]
+    for route in app.router.routes:
+        if isinstance(route, APIRoute) and "POST" in route.methods:
+            refusal = get_parameterless_sub_dependant(depends=Depends(_refuse_guidance), path=route.path_format)
+            route.dependant.dependencies.insert(0, refusal)
     app.include_router(router)
+
+
+async def _refuse_guidance(raw_request: Request) -> None:
+    """vLLM passes over fields that it does not know, and an answer without guidance would look like one with it."""
+    if b'"guidance"' not in await raw_request.body():
+        return
+    try:
+        body = await raw_request.json()
+    except ValueError:
+        return
+    if isinstance(body, dict) and body.get("guidance") is not None:
+        path = raw_request.url.path
+        reject(GuidanceError("guidance", f"{path} does not know it; use /v1/completions or /v1/chat/completions"))
 
 
 def _engine(raw_request: Request) -> GuidedEngine:

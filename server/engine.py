@@ -4,7 +4,7 @@ import asyncio
 import random
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from steersman.server.budget import CacheBudget
 from steersman.server.config import CONFIG_KEY
 from steersman.server.errors import GuidanceFailed, reject
 from steersman.server.registry import Registry
-from steersman.server.vllm import EngineClient, RequestOutput, RequestOutputKind, SamplingParams
+from steersman.server.vllm import EngineClient, EngineDeadError, RequestOutput, RequestOutputKind, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class GuidedEngine:
         finally:
             # The request is already aborted in the engine; its caches are given back behind that, in order.
             for index in unfinished:
-                self._in_background(self._finish(ticket, index, []))
+                self._in_background(self._forget(ticket, index))
 
     async def _collect(self, ticket: _Ticket, index: int, response: list[int]) -> None:
         report = await self._finish(ticket, index, response)
@@ -133,6 +133,10 @@ class GuidedEngine:
         seed = ticket.choice_seed(index)
         replies = await self._engine.collective_rpc("steersman_finish", args=(ticket.key, seed, response))
         return next((reply for reply in replies if reply is not None), None)
+
+    async def _forget(self, ticket: _Ticket, index: int) -> None:
+        with suppress(EngineDeadError):
+            await self._finish(ticket, index, [])
 
     def _in_background(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -7,6 +7,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 from steersman.guidance.runtime import Row
 from steersman.server.loading import build_runtime, read_plan
+from steersman.server.partial_prefill import PartialRows
 
 
 class GuidanceLogitsProcessor(LogitsProcessor):
@@ -14,6 +15,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self.runtime = build_runtime(vllm_config, device)
+        self.partial_rows: PartialRows | None = None
         self._rows: dict[int, Row] = {}
 
     def is_argmax_invariant(self) -> bool:
@@ -37,9 +39,13 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             self._move(source, target, direction is MoveDirectionality.SWAP)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Guides in place: [rows, V] float32. Rows that are still being prefilled are scored in vain, not harmed."""
+        """Guides in place: [rows, V] float32. Rows whose prompt is not read to its end are left alone."""
         if self._rows:
-            self.runtime.step(logits, list(self._rows.values()))
+            rows = list(self._rows.values())
+            if self.partial_rows is not None and (partial := self.partial_rows()[: len(logits)]).any():
+                rows = [row for row in rows if not partial[row.index]]
+            if rows:
+                self.runtime.step(logits, rows)
         return logits
 
     def _drop(self, index: int) -> None:

@@ -97,6 +97,7 @@ async def serve(args: argparse.Namespace) -> None:
     _, sock = vllm.setup_server(args, reuse_port=False)
     try:
         async with vllm.build_engine(vllm.AsyncEngineArgs.from_cli_args(args)) as engine:
+            await engine.collective_rpc("steersman_prepare")
             described = [reply for reply in await engine.collective_rpc("steersman_describe") if reply is not None]
             if described[0]["refusal"] is not None:
                 raise ModelRefused(described[0]["refusal"])

@@ -29,6 +29,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 __all__ = [
     "AsyncEngineArgs",
@@ -37,6 +38,7 @@ __all__ = [
     "CompletionRequest",
     "CompletionResponse",
     "EngineClient",
+    "EngineDeadError",
     "ErrorResponse",
     "FlexibleArgumentParser",
     "GenerationError",

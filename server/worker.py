@@ -4,12 +4,20 @@ from dataclasses import asdict
 from typing import Any
 
 from steersman.server.loading import WorkerRuntime
+from steersman.server.partial_prefill import keep_seeded_requests_alive, partial_rows
 
 
 class GuidanceWorkerExtension:
     """Mixed into vLLM's worker class; every method name carries a prefix because it shares the worker's namespace."""
 
     model_runner: Any
+
+    def steersman_prepare(self) -> None:
+        """Called once before the first request: ties the adapter to the V1 model runner around it."""
+        processor = self._steersman_processor()
+        if processor is not None and hasattr(self.model_runner, "input_batch"):
+            processor.partial_rows = partial_rows(self.model_runner)
+            keep_seeded_requests_alive(self.model_runner)
 
     def steersman_describe(self) -> dict[str, Any] | None:
         """What is loaded; None on a worker that does not sample (not the last pipeline stage)."""
@@ -28,13 +36,18 @@ class GuidanceWorkerExtension:
         return None if report is None else asdict(report)
 
     def _steersman_runtime(self) -> WorkerRuntime | None:
-        from steersman.server.logits_v1 import GuidanceLogitsProcessor as ProcessorV1
+        processor = self._steersman_processor()
+        return None if processor is None else processor.runtime
 
+    def _steersman_processor(self) -> Any:
+        # vLLM's two interfaces cannot be imported side by side everywhere; only the one in use is looked at.
         if hasattr(self.model_runner, "input_batch"):
+            from steersman.server.logits_v1 import GuidanceLogitsProcessor as ProcessorV1
+
             processors = self.model_runner.input_batch.logitsprocs.all
-            return next((p.runtime for p in processors if isinstance(p, ProcessorV1)), None)
+            return next((p for p in processors if isinstance(p, ProcessorV1)), None)
         from steersman.server.logits_v2 import GuidanceLogitsProcessor as ProcessorV2
 
         sampler = getattr(self.model_runner, "sampler", None)
         processors = () if sampler is None else sampler.logits_processors
-        return next((p.runtime for p in processors if isinstance(p, ProcessorV2)), None)
+        return next((p for p in processors if isinstance(p, ProcessorV2)), None)
