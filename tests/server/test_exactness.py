@@ -2,13 +2,15 @@
 
 import asyncio
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.conftest import serve_flags
 from tests.support.oracle import Oracle, load_oracle
-from tests.support.server import Server
+from tests.support.server import V2_ENVIRONMENT, Server
 from tests.support.traffic import (
     Answered,
     Asked,
@@ -28,13 +30,27 @@ def oracle(models: Path) -> Oracle:
     return load_oracle(models)
 
 
+@pytest.fixture(scope="module", params=["V1", "V2"])
+def interface(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, models: Path
+) -> Iterator[Server]:
+    """The server over each of vLLM's logits-processor interfaces; V2's kernels run in Triton's interpreter."""
+    if request.param == "V1":
+        yield request.getfixturevalue("server")
+        return
+    log = tmp_path_factory.mktemp("v2") / "log"
+    with Server(log, *serve_flags(models), environment=V2_ENVIRONMENT) as running:
+        assert "Using V2 Model Runner" in log.read_text()
+        yield running
+
+
 @pytest.fixture(scope="module")
-def crowd(server: Server, models: Path) -> list[tuple[Asked, list[Answered]]]:
+def crowd(interface: Server, models: Path) -> list[tuple[Asked, list[Answered]]]:
     """A crowd of greedy guided, sampled n=3, unguided and disconnecting requests at concurrency 32."""
     seed = random.randrange(2**31)
     print(f"seed {seed}")
     rng = random.Random(seed)
-    before = _counters(server)
+    before = _counters(interface)
     greedy = [
         Asked(p, random_guidance(rng), rng.randint(4, 24), {"temperature": 0}) for p in random_prompts(rng, GREEDY)
     ]
@@ -48,7 +64,7 @@ def crowd(server: Server, models: Path) -> list[tuple[Asked, list[Answered]]]:
     kept = [*greedy, *sampled, *plain]
 
     async def run() -> list[list[Answered]]:
-        client = server.async_client
+        client = interface.async_client
         work = [ask(client, asked) for asked in kept]
         work += [disconnect(client, asked, after=rng.randint(1, 8)) for asked in hasty]
         order = list(range(len(work)))
@@ -58,7 +74,7 @@ def crowd(server: Server, models: Path) -> list[tuple[Asked, list[Answered]]]:
         return [placed[n] for n in range(len(kept))]
 
     answers = asyncio.run(run())
-    after = _counters(server)
+    after = _counters(interface)
     for name in ("vllm:num_preemptions_total", "vllm:prefix_cache_hits_total"):
         assert after[name] > before[name], f"the traffic was to force {name}"
     assert any(len(asked.prompt) > 64 for asked in kept), "no prompt was read in pieces"
@@ -106,14 +122,14 @@ def test_unguided_neighbours_get_the_base_models_own_answer(
             assert answers[0].guidance is None
 
 
-def test_reward_model_tokens_are_the_prompt_once_and_one_plus_k_a_step(server: Server) -> None:
+def test_reward_model_tokens_are_the_prompt_once_and_one_plus_k_a_step(interface: Server) -> None:
     rng = random.Random()
     for k in (1, 10, 33):
         prompt = random_prompts(rng, 1, shortest=30, longest=40)[0]
         guidance = {"method": "pargs", "reward_model": "first", "top_k": k}
-        body = server.complete(prompt, guidance, max_tokens=20, temperature=0, ignore_eos=True)
+        body = interface.complete(prompt, guidance, max_tokens=20, temperature=0, ignore_eos=True)
         assert body["choices"][0]["guidance"]["reward_model_tokens"] == len(prompt) - 1 + 20 * (1 + k)
-        again = server.complete(prompt, guidance, max_tokens=1, temperature=0, ignore_eos=True)
+        again = interface.complete(prompt, guidance, max_tokens=1, temperature=0, ignore_eos=True)
         assert again["choices"][0]["guidance"]["reward_model_tokens"] == 1 + k, "the prompt was read twice"
 
 

@@ -14,6 +14,13 @@ import openai
 
 _START_LIMIT_S = 240
 
+V2_ENVIRONMENT = {
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "TRITON_INTERPRET": "1",
+    "PYTHONPATH": str(Path(__file__).parent / "triton_cpu"),
+}
+"""Makes vLLM use Model Runner V2 on a CPU, its kernels interpreted."""
+
 
 class Server:
     """`steersman serve` with the given flags on a free port, for the duration of a `with`."""

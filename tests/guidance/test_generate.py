@@ -1,0 +1,85 @@
+"""The adapter for transformers.generate gives the reference's answers."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from steersman.guidance.generate import GuidanceLogitsProcessor, load_runtime
+from steersman.guidance.request import GuidanceError
+from steersman.guidance.runtime import GuidanceRuntime
+from tests.support.oracle import load_oracle
+from tests.support.tiny import END
+from tests.support.traffic import random_guidance, random_prompts
+
+
+@pytest.fixture(scope="module")
+def runtime(models: Path) -> GuidanceRuntime:
+    tokenizer = AutoTokenizer.from_pretrained(models / "base")
+    return load_runtime(tokenizer, {name: str(models / name) for name in ("first", "second")}, cache_bytes=2**22)
+
+
+@pytest.fixture(scope="module")
+def base(models: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(models / "base", dtype=torch.float32).eval()
+
+
+def test_greedy_answers_and_reports_are_the_references_for_padded_prompts(
+    models: Path, runtime: GuidanceRuntime, base: torch.nn.Module
+) -> None:
+    seed = random.randrange(2**31)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    oracle = load_oracle(models)
+    prompts = random_prompts(rng, 200, longest=40)
+    for start in range(0, len(prompts), 25):
+        batch = prompts[start : start + 25]
+        guidance = [random_guidance(rng) for _ in batch]
+        ids, mask = _left_padded(batch)
+        processor = GuidanceLogitsProcessor(runtime, guidance, mask)
+        sequences = base.generate(
+            ids, attention_mask=mask, max_new_tokens=8, do_sample=False, logits_processor=[processor]
+        )
+        reports = processor.finish(sequences)
+        for n, (prompt, wanted, report) in enumerate(zip(batch, guidance, reports, strict=True)):
+            response = sequences[n, ids.shape[1] :].tolist()
+            response = response[: response.index(END) + 1] if END in response else response
+            oracle.assert_greedy(prompt, wanted, response, 8)
+            if n % 5 == 0:
+                assert report is not None
+                oracle.assert_report(
+                    prompt, wanted, response, {f: getattr(report, f) for f in report.__dataclass_fields__}
+                )
+    assert all(m.describe()["cache_blocks_in_use"] == 0 for m in runtime.reward_models.values())
+
+
+def test_rows_without_guidance_keep_the_bases_scores_bit_for_bit(
+    runtime: GuidanceRuntime, base: torch.nn.Module
+) -> None:
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    scores = torch.randn(2, 320)
+    processor = GuidanceLogitsProcessor(runtime, [None, {"method": "pargs", "reward_model": "first"}])
+    guided = processor(ids, scores)
+    assert torch.equal(guided[0], scores[0])
+    assert int(guided[1].isfinite().sum()) == 10
+    processor.finish(torch.cat((ids, guided.argmax(-1, keepdim=True)), dim=1))
+
+
+def test_beam_search_and_unknown_models_are_refused(runtime: GuidanceRuntime, base: torch.nn.Module) -> None:
+    with pytest.raises(GuidanceError, match="no reward model 'third'"):
+        GuidanceLogitsProcessor(runtime, {"method": "pargs", "reward_model": "third"})
+    processor = GuidanceLogitsProcessor(runtime, {"method": "pargs", "reward_model": "first", "beta": 0.3})
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with pytest.raises(ValueError, match="beam search"):
+        base.generate(ids, max_new_tokens=20, num_beams=4, do_sample=False, logits_processor=[processor])
+    for n in range(4):
+        runtime.finish(processor._rows[n].request.key, [])  # type: ignore[index, union-attr]
+
+
+def _left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    return ids, mask
