@@ -89,7 +89,7 @@ def attend(
     if _current is None:
         raise RuntimeError("the model was called outside of steersman's runtime")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    layer: int = module.layer_idx
     if isinstance(_current, ShapeProbe):
         _current.calls += 1
         _current.layers[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])

@@ -24,7 +24,7 @@ class CausalModel:
     def __init__(self, model: torch.nn.Module, name: str, cache_bytes: int) -> None:
         self.name = name
         self.model = model.eval().requires_grad_(False)
-        self.body: torch.nn.Module = model.base_model  # type: ignore[assignment]
+        self.body: torch.nn.Module = model.base_model
         self.head = find_head(model)
         self.window = find_window(model.config)
         parameter = next(model.parameters())
@@ -115,6 +115,17 @@ class CausalModel:
             sequence.length = length
         return self.head(hidden[:, fed - k :]).float()
 
+    def outputs(self, tokens: Sequence[int]) -> torch.Tensor:
+        """The head's outputs [len(tokens), C] float32 at every token of a text, read once. Raises CacheFull."""
+        sequence = CachedSequence()
+        try:
+            self.cache.extend(sequence, len(tokens))
+            hidden = self._read([(sequence, tokens)])
+        finally:
+            self.cache.scrub(sequence)
+            self.cache.release(sequence)
+        return self.head(hidden[0]).float()
+
     def covers(self, key: Hashable, length: int) -> bool:
         """Whether this key is admitted and its first `length` tokens are cached."""
         sequence = self._sequences.get(key)
@@ -132,7 +143,7 @@ class CausalModel:
             self.cache.register(sequence, tokens)
         self.cache.release(sequence)
 
-    def _read(self, rows: list[tuple[CachedSequence, Sequence[int]]]) -> None:
+    def _read(self, rows: list[tuple[CachedSequence, Sequence[int]]]) -> torch.Tensor:
         news = [list(tokens[sequence.length :]) for sequence, tokens in rows]
         width = max(map(len, news))
         ids = torch.tensor([new + [0] * (width - len(new)) for new in news], device=self.device)
@@ -145,13 +156,14 @@ class CausalModel:
             # Padding repeats a row's last position, so that no table of learned positions is overrun.
             positions=torch.minimum(positions, torch.tensor([[len(t) - 1] for _, t in rows], device=self.device)),
             visible=positions + 1,
-            written=tuple(torch.tensor(written, device=self.device).T),  # type: ignore[arg-type]
+            written=tuple(torch.tensor(written, device=self.device).T),
             destinations=self._destinations([(s, range(s.length, len(tokens))) for s, tokens in rows]),
             branch=None,
         )
-        self._forward(ids, batch)
+        hidden = self._forward(ids, batch)
         for sequence, tokens in rows:
             sequence.length = len(tokens)
+        return hidden
 
     def _forward(self, ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         with attending(batch):
@@ -169,7 +181,7 @@ class CausalModel:
 
     @torch.inference_mode()
     def _probe_layers(self) -> list[LayerShape]:
-        self.model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
+        self.model.set_attn_implementation(ATTENTION_NAME)
         probe = ShapeProbe()
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
         try:

@@ -106,7 +106,7 @@ class PagedCache:
             if not held:
                 return
             block = self._blocks[index]
-            known = self._children.get(parent, {}).get(held)
+            known = self._find(parent, held)
             if known is not None:
                 block = self._blocks[known]
             else:
@@ -138,8 +138,12 @@ class PagedCache:
         chunk = tuple(tokens[start : start + BLOCK_SIZE])
         if len(chunk) < BLOCK_SIZE:
             return None
-        index = self._children.get(parent, {}).get(chunk)
+        index = self._find(parent, chunk)
         return None if index is None else self._blocks[index]
+
+    def _find(self, parent: int, tokens: tuple[int, ...]) -> int | None:
+        siblings = self._children.get(parent)
+        return None if siblings is None else siblings.get(tokens)
 
     def _copy_partial(self, parent: int, tokens: Sequence[int], sequence: CachedSequence) -> None:
         wanted = tuple(tokens[sequence.length : sequence.length + BLOCK_SIZE])

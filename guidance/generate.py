@@ -81,7 +81,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
                 live.append(row)
         if live:
             self.runtime.step(logits, live)
-        return logits  # type: ignore[return-value]
+        return logits
 
     def finish(self, sequences: torch.Tensor) -> list[Report | None]:
         """Releases the caches; what guidance did to each row of generate's result [B, L], None for unguided rows.

@@ -55,6 +55,10 @@ class RewardModel(Protocol):
         room raises Unscorable only when it is scored alone; beside others its rewards are NaN."""
         ...
 
+    def score_text(self, prompt: Sequence[int], response: Sequence[int]) -> list[float]:
+        """The reward after each token of `response`."""
+        ...
+
     def release(self, key: Hashable, tokens: Sequence[int] | None = None, failed: bool = False) -> None:
         """Forgets a request; with `tokens` later requests that begin alike may reuse its cache, unless it failed."""
         ...
@@ -80,11 +84,11 @@ class CausalReward:
         self.window = self.model.window
 
         def evaluate_plain(ids: torch.Tensor) -> torch.Tensor:
-            model.set_attn_implementation(plain_attention)  # type: ignore[operator]
+            model.set_attn_implementation(plain_attention)
             try:
                 return evaluate(ids.to(self.model.device))
             finally:
-                model.set_attn_implementation("steersman")  # type: ignore[operator]
+                model.set_attn_implementation("steersman")
 
         with torch.inference_mode():
             verify(self.model, evaluate_plain, model.config.get_text_config().vocab_size)
@@ -115,6 +119,11 @@ class CausalReward:
             [p.key for p in prefixes], [len(p) for p in prefixes], torch.cat(tokens, dim=1), len(tokens) - 1
         )
         return outputs[..., 0], read
+
+    @torch.inference_mode()
+    def score_text(self, prompt: Sequence[int], response: Sequence[int]) -> list[float]:
+        """See RewardModel.score_text."""
+        return [float(r) for r in self.model.outputs([*prompt, *response])[len(prompt) :, 0]]
 
     def release(self, key: Hashable, tokens: Sequence[int] | None = None, failed: bool = False) -> None:
         """See RewardModel.release."""
@@ -180,6 +189,13 @@ class TextReward:
             padded = self.tokenizer.pad({"input_ids": [encoded[n] for n in part]}, return_tensors="pt")
             rewards[part] = self.model(**padded.to(self.device)).logits[:, 0].float().cpu()
         return rewards.view(len(prefixes), k), sizes
+
+    @torch.inference_mode()
+    def score_text(self, prompt: Sequence[int], response: Sequence[int]) -> list[float]:
+        """See RewardModel.score_text."""
+        prefixes = [Prefix(n, prompt, response[:n]) for n in range(len(response))]
+        scored, _ = self.score(prefixes, torch.tensor([[token] for token in response]), None)
+        return [float(r) for r in scored[:, 0]]
 
     def release(self, key: Hashable, tokens: Sequence[int] | None = None, failed: bool = False) -> None:
         """Nothing is kept between steps."""

@@ -5,6 +5,7 @@ guided row, and writes the guided logits in place. Rows that are not guided are 
 """
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,20 @@ class GuidedRequest:
     """Reported on and released; a row that is still in the batch for a moment is no longer guided."""
 
 
+@dataclass
+class Work:
+    """What the runtime has done so far. Seconds are the host's."""
+
+    steps: int = 0
+    rows: int = 0
+    candidates_seconds: float = 0.0
+    """Choosing the candidates."""
+    rewards_seconds: float = 0.0
+    """Reward models' forwards."""
+    writing_seconds: float = 0.0
+    """Combining the rewards and writing guided logits."""
+
+
 @dataclass(slots=True)
 class Row:
     """A row of the batch's logits and the request behind it; `prompt` and `output` may be live lists."""
@@ -53,6 +68,7 @@ class GuidanceRuntime:
     def __init__(self, reward_models: Mapping[str, RewardModel], eos_token_id: int | None) -> None:
         self.reward_models = dict(reward_models)
         self.eos_token_id = eos_token_id
+        self.work = Work()
         self._requests: OrderedDict[Hashable, GuidedRequest] = OrderedDict()
         self._combination: tuple[list[Plan], Combination] | None = None
 
@@ -94,8 +110,8 @@ class GuidanceRuntime:
                 self._force_end(logits[row.index])
 
     def _guide(self, logits: torch.Tensor, rows: list[Row]) -> None:
-        requests = [row.request for row in rows]
-        plans = [request.plan for request in requests]
+        began = time.perf_counter()
+        plans = [row.request.plan for row in rows]
         everything = len(rows) == len(logits) and all(row.index == n for n, row in enumerate(rows))
         index = None if everything else torch.tensor([row.index for row in rows], device=logits.device)
         base = logits if index is None else logits[index]
@@ -106,11 +122,14 @@ class GuidanceRuntime:
             limits = torch.tensor([[plan.top_k] for plan in plans], device=logits.device)
             values = values.masked_fill(torch.arange(k, device=logits.device) >= limits, -torch.inf)
 
+        base_logprobs = values - base.logsumexp(dim=-1, keepdim=True)
+        chosen = time.perf_counter()
         rewards = self._score(rows, plans, ids)
+        scored = time.perf_counter()
         bonus = self._combine(plans, rewards)
         scores = torch.where(values.isneginf(), values, values + bonus)
         failed = scores.isnan().any(dim=-1) | scores.isposinf().any(dim=-1)
-        record = StepRecord(ids, values - base.logsumexp(dim=-1, keepdim=True), bonus, rewards)
+        record = StepRecord(ids, base_logprobs, bonus, rewards)
         for g, (row, bad) in enumerate(zip(rows, failed.tolist(), strict=True)):
             if bad:
                 self._fail(row.request, rewards[g])
@@ -129,6 +148,11 @@ class GuidanceRuntime:
         else:
             logits.index_fill_(0, index, -torch.inf)
             logits.index_put_((index.unsqueeze(-1), ids), scores)
+        self.work.steps += 1
+        self.work.rows += len(plans)
+        self.work.candidates_seconds += chosen - began
+        self.work.rewards_seconds += scored - chosen
+        self.work.writing_seconds += time.perf_counter() - scored
 
     def _combine(self, plans: list[Plan], rewards: torch.Tensor) -> torch.Tensor:
         if self._combination is None or self._combination[0] != plans:

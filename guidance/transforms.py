@@ -41,8 +41,8 @@ def build_combination(plans: Sequence[Plan], device: torch.device | str) -> Comb
     """Stacks the plans' terms. Shapes [len(plans), most terms, 1]."""
     most = max(len(plan.rewards) for plan in plans)
 
-    def stack(values: list[list[float]], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        padded = [row + [0] * (most - len(row)) for row in values]
+    def stack(values: Sequence[Sequence[float]], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        padded = [[*row, *[0] * (most - len(row))] for row in values]
         return torch.tensor(padded, dtype=dtype, device=device).unsqueeze(-1)
 
     terms = [plan.rewards for plan in plans]

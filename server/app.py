@@ -13,6 +13,7 @@ from steersman.guidance.request import GuidanceError
 from steersman.server.engine import GuidedEngine
 from steersman.server.errors import reject
 from steersman.server.protocol import GuidedChatCompletionRequest, GuidedCompletionRequest
+from steersman.server.scoring import RewardsRequest, score_responses
 from steersman.server.vllm import (
     ChatCompletionResponse,
     CompletionResponse,
@@ -37,6 +38,16 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 async def show_guidance(raw_request: Request) -> dict[str, Any]:
     """What can be asked for: methods with their schemas, loaded models and the state of their caches, limits."""
     return await _engine(raw_request).describe()
+
+
+@router.post("/v1/rewards", dependencies=[Depends(validate_json_request)], responses=_RESPONSES)
+@with_cancellation
+async def create_rewards(request: RewardsRequest, raw_request: Request) -> Any:
+    """Rewards of finished texts."""
+    try:
+        return JSONResponse(await score_responses(_engine(raw_request), request))
+    except GuidanceError as error:
+        reject(error)
 
 
 @router.post("/v1/completions", dependencies=[Depends(validate_json_request)], responses=_RESPONSES)

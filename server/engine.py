@@ -1,6 +1,7 @@
 """The engine as the HTTP routes see it: admits guided requests, collects their reports, turns failures into errors."""
 
 import asyncio
+import math
 import random
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Coroutine
@@ -13,7 +14,7 @@ from steersman.guidance.request import GuidanceError, parse_guidance
 from steersman.server.budget import CacheBudget
 from steersman.server.config import CONFIG_KEY
 from steersman.server.errors import GuidanceFailed, reject
-from steersman.server.registry import Registry
+from steersman.server.registry import LoadedRewardModel, Registry
 from steersman.server.vllm import EngineClient, EngineDeadError, RequestOutput, RequestOutputKind, SamplingParams
 
 
@@ -57,13 +58,28 @@ class GuidedEngine:
         return self._generate_guided(ticket, prompt, sampling_params, request_id, kwargs)
 
     async def describe(self) -> dict[str, Any]:
-        """The body of `GET /v1/guidance`: the registry's facts with the workers' current cache use."""
+        """The body of `GET /v1/guidance`: the registry's facts with the worker's cache use and work so far."""
         body = self.registry.describe()
         replies = await self._engine.collective_rpc("steersman_describe")
-        current = {model["name"]: model for reply in replies if reply is not None for model in reply["reward_models"]}
+        reply = next(reply for reply in replies if reply is not None)
+        current = {model["name"]: model for model in reply["reward_models"]}
+        body["work"] = reply["work"]
         for model in body["reward_models"]:
             model["cache_blocks_in_use"] = current[model["name"]].get("cache_blocks_in_use")
         return body
+
+    async def score(self, model: LoadedRewardModel, prompt: list[int], response: list[int]) -> list[float]:
+        """The model's reward after each token of `response`, once its cache has room for the text."""
+        blocks = {model.name: model.blocks_for(len(prompt) + len(response))} if model.cache_blocks else {}
+        if self.budget.too_large(blocks) is not None:
+            raise GuidanceError("responses", f"are longer than the whole cache of reward model {model.name!r}")
+        async with self.budget.reserve(blocks):
+            replies = await self._engine.collective_rpc("steersman_score", args=(model.name, prompt, response))
+        reply = next(reply for reply in replies if reply is not None)
+        if isinstance(reply, str) or not all(map(math.isfinite, reply)):
+            reason = reply if isinstance(reply, str) else "its reward is not a finite number"
+            raise GuidanceFailed(f"reward model {model.name!r} could not score the text: {reason}")
+        return reply
 
     def take_reports(self, key: str) -> dict[int, dict[str, Any]]:
         """Reports by choice of a finished request; they are kept until they are taken."""
@@ -79,13 +95,13 @@ class GuidedEngine:
         if not tokens:
             raise GuidanceError("prompt", "guidance needs at least one prompt token; send a prompt that is not empty")
         params.max_tokens = self.registry.check_length(
-            plan, len(tokens), params.max_tokens or 1, entry["max_tokens_given"]
+            plan, len(tokens), params.max_tokens or 1, entry["max_tokens_field"]
         )
         blocks = self.registry.blocks(plan, len(tokens) + params.max_tokens, params.n)
         if (name := self.budget.too_large(blocks)) is not None:
             size = self.registry.reward_models[name].block_size
             raise GuidanceError(
-                "max_tokens",
+                entry["max_tokens_field"] or "max_tokens",
                 f"prompt and answer of n={params.n} choices need {blocks[name] * size} tokens in the cache of reward "
                 f"model {name!r}, which holds {self.budget.capacity[name] * size}; ask for fewer or start the server "
                 "with a larger --guidance-cache",

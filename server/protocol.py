@@ -44,11 +44,13 @@ class _Guided:
         extra = {key: value for key, value in (params.extra_args or {}).items() if key != CONFIG_KEY}
         if self._guidance is not None:
             self._keys.append(uuid4().hex)
-            given = getattr(self, "max_completion_tokens", None) or getattr(self, "max_tokens", None)
+            asked: set[str] = self.model_fields_set  # type: ignore[attr-defined]
+            fields = ("max_completion_tokens", "max_tokens")
+            given = [name for name in fields if name in asked and getattr(self, name) is not None]
             extra[CONFIG_KEY] = {
                 "key": self._keys[-1],
                 "guidance": self._guidance.model_dump(mode="json", exclude_unset=True),
-                "max_tokens_given": given is not None,
+                "max_tokens_field": given[0] if given else None,
             }
         params.extra_args = extra or None
         return params

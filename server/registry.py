@@ -43,8 +43,11 @@ class Registry:
         """The longest text in tokens that every causal reward model of the plan reads, and which model bounds it."""
         return min((self.reward_models[t.model].window, t.model) for t in plan.rewards)
 
-    def check_length(self, plan: Plan, prompt_tokens: int, max_tokens: int, max_tokens_given: bool) -> int:
-        """The number of tokens that may be generated; raises GuidanceError if the prompt or the answer is too long."""
+    def check_length(self, plan: Plan, prompt_tokens: int, max_tokens: int, given: str | None) -> int:
+        """The number of tokens that may be generated; raises GuidanceError if the prompt or the answer is too long.
+
+        `given` is the request's own field for max_tokens; where it has none, the answer is cut to what fits.
+        """
         window, name = self.longest(plan)
         # One position is the candidate's, one more its end token's.
         room = window - prompt_tokens - (1 if plan.end_token else 0)
@@ -54,9 +57,9 @@ class Registry:
                 f"has {prompt_tokens} tokens, reward model {name!r} reads at most {window} with the answer; "
                 "shorten the prompt or use a reward model with a longer window",
             )
-        if max_tokens > room and max_tokens_given:
+        if max_tokens > room and given is not None:
             raise GuidanceError(
-                "max_tokens",
+                given,
                 f"{max_tokens} with a prompt of {prompt_tokens} tokens exceeds the {window} tokens that reward model "
                 f"{name!r} reads; ask for at most {room}",
             )

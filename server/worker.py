@@ -26,6 +26,7 @@ class GuidanceWorkerExtension:
             return None
         return {
             "refusal": runtime.refusal,
+            "work": asdict(runtime.work),
             "reward_models": [model.describe() for model in runtime.reward_models.values()],
         }
 
@@ -34,6 +35,16 @@ class GuidanceWorkerExtension:
         runtime = self._steersman_runtime()
         report = None if runtime is None else runtime.finish((key, seed), response)
         return None if report is None else asdict(report)
+
+    def steersman_score(self, name: str, prompt: list[int], response: list[int]) -> list[float] | str | None:
+        """A reward model's value after each token of `response`, or why it could not be had."""
+        runtime = self._steersman_runtime()
+        if runtime is None:
+            return None
+        try:
+            return runtime.reward_models[name].score_text(prompt, response)
+        except Exception as error:
+            return str(error)
 
     def _steersman_runtime(self) -> WorkerRuntime | None:
         processor = self._steersman_processor()

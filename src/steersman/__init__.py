@@ -1,2 +1,1 @@
 """Serve a frozen language model and steer it while it decodes."""
-

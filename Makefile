@@ -1,0 +1,43 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench evaluate world clean
+
+# Tiny models: a second thread per process only gets in the way of the others.
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+export HF_HUB_OFFLINE ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
+
+RUN := .venv/bin/python -m
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: ## make .venv with every pinned package
+	@scripts/setup.sh
+
+demo: setup ## serve the demo models and show one prompt with and without guidance (ONCE=1 stops after that)
+	@$(RUN) steersman.cli demo
+
+test: setup ## run the whole test suite, without a GPU
+	$(RUN) pytest
+
+lint: setup ## check style and types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: setup ## put the code into its standard form
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+bench: setup ## measure guided against plain decoding and against the naive reference
+	$(RUN) steersman.cli bench
+
+evaluate: setup ## measure the quality of guided answers through the server
+	$(RUN) steersman.cli evaluate
+
+world: setup ## rebuild the demo world's models from nothing (about 25 minutes on 2 cores)
+	$(RUN) steersman.training.world.build
+
+clean: ## remove the environment and caches
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,162 @@
+"""`steersman bench`: what a guided token costs beside a plain one, interleaved in one run, and where the time goes."""
+
+import argparse
+import asyncio
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from steersman.benchmarks.common import RESULTS, demo_server, read_prompts, write_json
+from steersman.benchmarks.load import Load, Measurement, run_load
+from steersman.benchmarks.naive import measure_naive
+
+GUIDANCE = {"method": "pargs", "reward_model": "helpful", "beta": 1.5, "top_k": 10}
+CONCURRENCY = (1, 8, 32)
+LENGTHS = (32, 128, 512)
+_TOKENS = 128
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures, prints tables, and writes JSON and a plot."""
+    parser = argparse.ArgumentParser(prog="steersman bench", description=__doc__)
+    parser.add_argument("--url", help="Address of a running demo server; without it one is started.")
+    parser.add_argument("--rounds", type=int, default=5, help="Rounds of plain and guided traffic in turn.")
+    parser.add_argument("--out", type=Path, default=RESULTS / "overhead-cpu.json")
+    args = parser.parse_args(list(argv))
+    torch.set_num_threads(1)
+    console = Console()
+    prompts = read_prompts("reporting")
+    with demo_server(args.url) as url:
+        asyncio.run(run_load(url, prompts, GUIDANCE, Load(8, requests=8, max_tokens=32)))
+        levels = [measure_level(url, prompts, c, args.rounds, console) for c in CONCURRENCY]
+        work = [measure_work(url, prompts, length) for length in LENGTHS]
+    naive = measure_naive(prompts[:2], GUIDANCE, _TOKENS)
+    for level in levels:
+        level["over_naive"] = level["guided"]["tokens_per_second"] / naive
+    result = {"levels": levels, "work": work, "naive_tokens_per_second": naive, "guidance": GUIDANCE}
+    write_json(args.out, result)
+    print_tables(result, console)
+    plot(result, args.out.with_suffix(".png"))
+    console.print(f"written: {args.out} and {args.out.with_suffix('.png')}")
+    return 0
+
+
+def measure_level(url: str, prompts: list[str], concurrency: int, rounds: int, console: Console) -> dict[str, Any]:
+    """Plain and guided in turn, so that a slow spell of the machine falls on both."""
+    arms: dict[str, dict[bool, list[Measurement]]] = {n: {True: [], False: []} for n in ("plain", "guided")}
+    stages: list[dict[str, float]] = []
+    for _ in track(range(rounds), f"concurrency {concurrency}", console=console):
+        for name, guidance in (("plain", None), ("guided", GUIDANCE)):
+            for stream in (False, True):
+                before = _work(url)
+                load = Load(concurrency, requests=max(2, 2 * concurrency), max_tokens=_TOKENS, stream=stream)
+                arms[name][stream].append(asyncio.run(run_load(url, prompts, guidance, load)))
+                if guidance is not None and not stream:
+                    after = _work(url)
+                    stages.append({key: after[key] - before[key] for key in after})
+    summary: dict[str, Any] = {name: _summarise(runs) for name, runs in arms.items()}
+    pairs = zip(arms["guided"][False], arms["plain"][False], strict=True)
+    ratios = [guided.tokens_per_second / plain.tokens_per_second for guided, plain in pairs]
+    summary |= {
+        "concurrency": concurrency,
+        "throughput_ratio": statistics.median(ratios),
+        "throughput_ratios": ratios,
+        "gap_ratio": summary["guided"]["gap_median_ms"] / summary["plain"]["gap_median_ms"],
+        "stages_ms": _stages(summary, stages, concurrency),
+    }
+    return summary
+
+
+def measure_work(url: str, prompts: list[str], length: int) -> dict[str, Any]:
+    """Reward-model tokens per generated token, counted by the runtime, for answers of `length` tokens."""
+    result = asyncio.run(run_load(url, prompts[:4], GUIDANCE, Load(4, requests=4, max_tokens=length)))
+    read = sum(report["reward_model_tokens"] for report in result.reports)
+    return {"generated": length, "reward_model_tokens_per_token": read / result.tokens, "seconds": result.seconds}
+
+
+def print_tables(result: dict[str, Any], console: Console) -> None:
+    """Throughput and latency, stages of a step, work per token."""
+    table = Table("concurrency", "plain tok/s", "guided tok/s", "ratio", "plain gap ms", "guided gap ms", "× naive")
+    for level in result["levels"]:
+        plain, guided = level["plain"], level["guided"]
+        table.add_row(
+            str(level["concurrency"]),
+            f"{plain['tokens_per_second']:.0f}",
+            f"{guided['tokens_per_second']:.0f}",
+            f"{level['throughput_ratio']:.2f}",
+            f"{plain['gap_median_ms']:.1f}",
+            f"{guided['gap_median_ms']:.1f}",
+            f"{level['over_naive']:.0f}",
+        )
+    console.print(table)
+    stages = Table("concurrency", *(name for name in result["levels"][0]["stages_ms"]), title="ms of a guided step")
+    for level in result["levels"]:
+        stages.add_row(str(level["concurrency"]), *(f"{value:.2f}" for value in level["stages_ms"].values()))
+    console.print(stages)
+    work = Table("generated tokens", "reward-model tokens per generated token")
+    for row in result["work"]:
+        work.add_row(str(row["generated"]), f"{row['reward_model_tokens_per_token']:.2f}")
+    console.print(work)
+    console.print(f"naive reference: {result['naive_tokens_per_second']:.1f} tokens/s at {_TOKENS} tokens")
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Ratio over concurrency, and what a guided step is made of."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    labels = [str(level["concurrency"]) for level in result["levels"]]
+    left.bar(labels, [level["throughput_ratio"] for level in result["levels"]], color="#2a6f97")
+    for n, level in enumerate(result["levels"]):
+        left.plot([n] * len(level["throughput_ratios"]), level["throughput_ratios"], "k.", markersize=4)
+    left.axhline(1, color="grey", linewidth=0.8)
+    left.set(xlabel="concurrent requests", ylabel="guided / plain throughput", ylim=(0, 1.1))
+    left.set_title("Throughput beside plain vLLM (dots: rounds)")
+    bottom = [0.0] * len(labels)
+    for name, colour in zip(
+        result["levels"][0]["stages_ms"], ("#adb5bd", "#f4a261", "#e76f51", "#2a9d8f", "#6c757d"), strict=False
+    ):
+        values = [level["stages_ms"][name] for level in result["levels"]]
+        right.bar(labels, values, bottom=bottom, label=name, color=colour)
+        bottom = [b + v for b, v in zip(bottom, values, strict=True)]
+    right.set(xlabel="concurrent requests", ylabel="ms")
+    right.set_title("A guided step")
+    right.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def _summarise(runs: dict[bool, list[Measurement]]) -> dict[str, float]:
+    gaps = sorted(gap for run in runs[True] for gap in run.gaps)
+    return {
+        "tokens_per_second": statistics.median(run.tokens_per_second for run in runs[False]),
+        "gap_median_ms": 1e3 * statistics.median(gaps),
+        "gap_p95_ms": 1e3 * gaps[int(0.95 * len(gaps))],
+    }
+
+
+def _stages(summary: dict[str, Any], stages: list[dict[str, float]], concurrency: int) -> dict[str, float]:
+    """Milliseconds of a guided step: plain decoding, our stages, and what neither accounts for."""
+    steps = sum(stage["steps"] for stage in stages)
+    plain = 1e3 * concurrency / summary["plain"]["tokens_per_second"]
+    guided = 1e3 * concurrency / summary["guided"]["tokens_per_second"]
+    ours = {
+        "candidates": 1e3 * sum(stage["candidates_seconds"] for stage in stages) / steps,
+        "reward model": 1e3 * sum(stage["rewards_seconds"] for stage in stages) / steps,
+        "combine and write": 1e3 * sum(stage["writing_seconds"] for stage in stages) / steps,
+    }
+    return {"plain step": plain, **ours, "rest": max(0.0, guided - plain - sum(ours.values()))}
+
+
+def _work(url: str) -> dict[str, float]:
+    return dict(httpx.get(f"{url}/v1/guidance", timeout=60).json()["work"])
