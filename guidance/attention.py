@@ -1,8 +1,8 @@
 """The attention function that auxiliary models are given: a paged prefix, the tokens fed, and candidate branches.
 
-transformers hands every layer's query, key and value to a registered function. Ours writes the keys and values of
-committed tokens to the paged cache and lets every token fed see its prefix there. Candidates are never written:
-each sees the prefix and, beside it, only the tokens of its own branch.
+transformers hands every layer's query, key and value to a registered function. Ours writes them to the paged cache:
+committed tokens to their place, candidates to scratch blocks that the next step overwrites. One gather then brings a
+row's prefix and candidates together, and a mask lets each candidate see the prefix and its own branch only.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from steersman.guidance.cache import BLOCK_SIZE, LayerShape, PagedCache
@@ -20,33 +21,38 @@ ATTENTION_NAME = "steersman"
 
 @dataclass
 class AttentionBatch:
-    """What one forward attends to. G rows of T tokens each; L = blocks a row · BLOCK_SIZE cached columns."""
+    """What one forward attends to. G rows of T tokens each; L = gathered blocks a row · BLOCK_SIZE columns, of which
+    the last `branches.shape[1]` (none without branches) are scratch."""
 
     cache: PagedCache
     tables: torch.Tensor
-    """[G, L / BLOCK_SIZE] block indices, int64; rows are padded with any valid block."""
+    """[G, L / BLOCK_SIZE] block indices, int64."""
     positions: torch.Tensor
     """[G, T] absolute position of each token fed."""
     visible: torch.Tensor
-    """[G, T] number of cached columns that a token may see (its own included when it is written)."""
-    written: tuple[torch.Tensor, torch.Tensor]
-    """(row, column) indices of the tokens fed whose keys and values go to the cache."""
+    """[G, T] number of leading columns that a token may see, its own included."""
+    written: tuple[torch.Tensor, torch.Tensor] | None
+    """(row, column) indices of the tokens fed that are written; None for all of them."""
     destinations: tuple[torch.Tensor, torch.Tensor]
-    """(block, offset) for each written token."""
-    branch: torch.Tensor | None
-    """[T, E] for each token the columns fed that it sees beside the cache, -1 for none; None if none sees any."""
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    """(block, offset) of each written token, of the shape of `written` or [G, T]."""
+    branches: torch.Tensor | None = None
+    """[T, scratch columns] bool: which scratch columns each token sees."""
+    masks: dict[tuple[int | None, int], torch.Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> torch.Tensor:
-        """Additive float32 mask [1, G, 1, T, L] for a sliding window of `window` tokens, or none."""
-        if window not in self.masks:
-            columns = torch.arange(self.tables.shape[1] * BLOCK_SIZE, device=self.tables.device)
+    def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> torch.Tensor:
+        """Additive mask [G, 1, groups · T, L] for a sliding window of `window` tokens, or none."""
+        key = (window, groups)
+        if key not in self.masks:
+            scratch = 0 if self.branches is None else self.branches.shape[1]
+            columns = torch.arange(self.tables.shape[1] * BLOCK_SIZE - scratch, device=self.tables.device)
             allowed = columns < self.visible.unsqueeze(-1)
             if window is not None:
                 allowed &= columns > self.positions.unsqueeze(-1) - window
-            mask = torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, -torch.inf)
-            self.masks[window] = mask[None, :, None]
-        return self.masks[window]
+            if self.branches is not None:
+                allowed = torch.cat((allowed, self.branches.expand(len(allowed), -1, -1)), dim=-1)
+            mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
+            self.masks[key] = mask.repeat(1, groups, 1).unsqueeze(1)
+        return self.masks[key]
 
 
 @dataclass
@@ -110,53 +116,53 @@ def _attend_paged(
 ) -> torch.Tensor:
     rows, query_heads, fed, width = query.shape
     heads = key.shape[1]
-    key, value = key.transpose(0, 1), value.transpose(0, 1)  # [H, G, T, d]
     all_keys, all_values = batch.cache.keys[layer], batch.cache.values[layer]
     block, offset = batch.destinations
-    row, column = batch.written
-    all_keys[:, block, offset] = key[:, row, column]
-    all_values[:, block, offset] = value[:, row, column]
+    if batch.written is None:
+        all_keys[:, block, offset] = key.transpose(0, 1)
+        all_values[:, block, offset] = value.transpose(0, 1)
+    else:
+        row, column = batch.written
+        all_keys[:, block, offset] = key.transpose(0, 1)[:, row, column]
+        all_values[:, block, offset] = value.transpose(0, 1)[:, row, column]
 
     columns = batch.tables.shape[1] * BLOCK_SIZE
     table = batch.tables.reshape(-1)
-    prefix_keys = all_keys.index_select(1, table).view(heads * rows, columns, width)
-    prefix_values = all_values.index_select(1, table).view(heads * rows, columns, -1)
+    keys = all_keys.index_select(1, table).view(heads, rows, columns, width).transpose(0, 1)
+    values = all_values.index_select(1, table).view(heads, rows, columns, -1).transpose(0, 1)
 
     # Query heads that share a key head are folded into the token axis: nothing is repeated.
     groups = query_heads // heads
-    folded = (query * scale).view(rows, heads, groups, fed, width).transpose(0, 1)  # [H, G, groups, T, d]
-    scores = torch.bmm(folded.reshape(heads * rows, groups * fed, width), prefix_keys.transpose(1, 2))
-    scores = _cap(scores.float(), softcap).view(heads, rows, groups, fed, columns) + batch.mask(window)
+    folded = query.reshape(rows, heads, groups * fed, width)
+    mask = batch.mask(window, groups, query.dtype)
+    if softcap is None and sinks is None:
+        out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+    else:
+        out = _attend_explicitly(folded, keys, values, mask, scale, softcap, sinks)
+    return out.view(rows, query_heads, fed, -1).transpose(1, 2)
 
-    own_values = None
-    if batch.branch is not None:
-        own_scores, own_values = _branch_scores(batch.branch, folded, key, value)
-        scores = torch.cat((scores, _cap(own_scores, softcap)), dim=-1)
+
+def _attend_explicitly(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Softmax attention with what the fused function lacks: capped scores (Gemma 2) and attention sinks (gpt-oss)."""
+    scores = (query @ keys.transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + mask
     if sinks is not None:
-        sink = sinks.float().view(heads, 1, groups, 1, 1).expand(heads, rows, groups, fed, 1)
-        scores = torch.cat((scores, sink), dim=-1)
-
-    weights = scores.softmax(dim=-1).to(value.dtype)
-    prefix_weights = weights[..., :columns].reshape(heads * rows, groups * fed, columns)
-    out = torch.bmm(prefix_weights, prefix_values).view(heads, rows, groups, fed, -1)
-    if own_values is not None:
-        own_weights = weights[..., columns : columns + own_values.shape[-2]]
-        out = out + (own_weights.unsqueeze(-1) * own_values.unsqueeze(2)).sum(dim=-2)
-    return out.permute(1, 3, 0, 2, 4).reshape(rows, fed, query_heads, -1)
-
-
-def _branch_scores(
-    branch: torch.Tensor, folded: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores [H, G, groups, T, E] of each token against its branch and the branch's values [H, G, T, E, dv]."""
-    index = branch.clamp(min=0)
-    own_keys, own_values = key[:, :, index], value[:, :, index]  # [H, G, T, E, d]
-    scores = (folded.unsqueeze(-2) * own_keys.unsqueeze(2)).sum(dim=-1).float()
-    return scores.masked_fill(branch < 0, -torch.inf), own_values
-
-
-def _cap(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        rows, heads, folded, _ = scores.shape
+        groups = len(sinks) // heads
+        sink = sinks.float().view(1, heads, groups, 1).expand(rows, -1, -1, folded // groups)
+        scores = torch.cat((scores, sink.reshape(rows, heads, folded, 1)), dim=-1)
+    weights = scores.softmax(dim=-1)[..., : keys.shape[-2]]
+    return weights.to(values.dtype) @ values
 
 
 # A name unknown to AttentionMaskInterface makes transformers build no mask of its own.

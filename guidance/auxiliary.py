@@ -21,7 +21,7 @@ class ModelRefused(ValueError):
 class CausalModel:
     """A Hugging Face causal model over a paged cache. `head` maps hidden states [..., D] to outputs [..., C]."""
 
-    def __init__(self, model: torch.nn.Module, name: str, cache_bytes: int) -> None:
+    def __init__(self, model: torch.nn.Module, name: str, cache_bytes: int, max_rows: int) -> None:
         self.name = name
         self.model = model.eval().requires_grad_(False)
         self.body: torch.nn.Module = model.base_model
@@ -31,14 +31,16 @@ class CausalModel:
         self.device, self.dtype = parameter.device, parameter.dtype
         layers = self._probe_layers()
         self.bytes_per_token = PagedCache.bytes_per_token(layers, self.dtype)
-        blocks = cache_bytes // (self.bytes_per_token * BLOCK_SIZE)
-        if blocks < 2:
+        blocks = cache_bytes // (self.bytes_per_token * BLOCK_SIZE) - 1
+        scratch = min(max_rows, blocks // 4)
+        if scratch < 1:
             raise ModelRefused(
-                f"reward model {name!r}: a cache of {cache_bytes / 2**20:.1f} MiB holds {blocks} blocks of "
-                f"{BLOCK_SIZE} tokens at {self.bytes_per_token} bytes a token; give it more with --guidance-cache"
+                f"reward model {name!r}: a cache of {cache_bytes / 2**20:.2f} MiB is too small at "
+                f"{self.bytes_per_token} bytes a token; give it more with --guidance-cache"
             )
-        self.cache = PagedCache(layers, blocks, self.dtype, self.device)
+        self.cache = PagedCache(layers, blocks - scratch, scratch, self.dtype, self.device)
         self._sequences: dict[Hashable, CachedSequence] = {}
+        self._layouts: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def prefill(self, wanted: Sequence[tuple[Hashable, Sequence[int]]]) -> dict[Hashable, int | CacheFull]:
         """Brings each key's cache up to all of its tokens, reading only what no request has cached before.
@@ -96,24 +98,66 @@ class CausalModel:
         sequences = [self._sequences[key] for key in keys]
         for sequence, length in zip(sequences, lengths, strict=True):
             self.cache.extend(sequence, length)
-        rows, fed = tokens.shape
-        k = (fed - 1) // branches
-        length_tensor = torch.tensor(lengths, device=self.device)
-        ahead = torch.tensor([0, *([1] * k), *([2] * (fed - 1 - k))], device=self.device)
-        last = [length - 1 for length in lengths]
-        batch = AttentionBatch(
-            cache=self.cache,
-            tables=self._tables(sequences, max(lengths)),
-            positions=length_tensor[:, None] - 1 + ahead,
-            visible=length_tensor[:, None].expand(rows, fed),
-            written=(torch.arange(rows, device=self.device), torch.zeros(rows, dtype=torch.long, device=self.device)),
-            destinations=self._destinations([(s, [n]) for s, n in zip(sequences, last, strict=True)]),
-            branch=_branch_columns(k, branches, self.device),
-        )
-        hidden = self._forward(tokens, batch)
+        scratch = -(-(tokens.shape[1] - 1) // BLOCK_SIZE)
+        at_once = max(1, len(self.cache.scratch) // scratch)
+        parts = [
+            self._step(sequences[n : n + at_once], lengths[n : n + at_once], tokens[n : n + at_once], branches, scratch)
+            for n in range(0, len(keys), at_once)
+        ]
         for sequence, length in zip(sequences, lengths, strict=True):
             sequence.length = length
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _step(
+        self,
+        sequences: Sequence[CachedSequence],
+        lengths: Sequence[int],
+        tokens: torch.Tensor,
+        branches: int,
+        scratch: int,
+    ) -> torch.Tensor:
+        rows, fed = tokens.shape
+        k = (fed - 1) // branches
+        ahead, seen, own_blocks, own_offsets = self._candidate_layout(k, branches, scratch)
+        width = -(-max(lengths) // BLOCK_SIZE)
+        table, last_block = [], []
+        for n, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
+            first = self.cache.scratch[n * scratch]
+            padded = (sequence.blocks + [self.cache.padding] * width)[:width]
+            table.append([*padded, *range(first, first + scratch)])
+            last_block.append(sequence.blocks[(length - 1) // BLOCK_SIZE])
+        tables = torch.tensor(table, device=self.device)
+        place = torch.tensor([lengths, last_block], device=self.device).unsqueeze(-1)
+        length, block = place[0], place[1]
+        batch = AttentionBatch(
+            cache=self.cache,
+            tables=tables,
+            positions=length - 1 + ahead,
+            visible=length.expand(rows, fed),
+            written=None,
+            destinations=(
+                torch.cat((block, tables[:, width : width + 1] + own_blocks), dim=1),
+                torch.cat(((length - 1) % BLOCK_SIZE, own_offsets.expand(rows, -1)), dim=1),
+            ),
+            branches=seen,
+        )
+        hidden = self._forward(tokens, batch)
         return self.head(hidden[:, fed - k :]).float()
+
+    def _candidate_layout(
+        self, k: int, branches: int, scratch: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What is the same in every step: positions ahead of the last token [T], scratch columns seen
+        [T, scratch · BLOCK_SIZE], and each branch token's scratch block and offset [T - 1]."""
+        key = (k, branches, scratch)
+        if key not in self._layouts:
+            column = torch.arange(k * branches, device=self.device)
+            seen = torch.zeros(1 + k * branches, scratch * BLOCK_SIZE, dtype=torch.bool, device=self.device)
+            seen[1 + column, column] = True
+            seen[1 + column, column % k] = True
+            ahead = torch.cat((column.new_zeros(1), 1 + column // k))
+            self._layouts[key] = (ahead, seen, column // BLOCK_SIZE, column % BLOCK_SIZE)
+        return self._layouts[key]
 
     def outputs(self, tokens: Sequence[int]) -> torch.Tensor:
         """The head's outputs [len(tokens), C] float32 at every token of a text, read once. Raises CacheFull."""
@@ -158,7 +202,6 @@ class CausalModel:
             visible=positions + 1,
             written=tuple(torch.tensor(written, device=self.device).T),
             destinations=self._destinations([(s, range(s.length, len(tokens))) for s, tokens in rows]),
-            branch=None,
         )
         hidden = self._forward(ids, batch)
         for sequence, tokens in rows:
@@ -200,16 +243,6 @@ class CausalModel:
     def _refusal(self) -> str:
         kind = getattr(self.model.config, "model_type", "unknown")
         return f"reward model {self.name!r} (architecture {kind}) cannot be scored token by token:"
-
-
-def _branch_columns(k: int, branches: int, device: torch.device) -> torch.Tensor:
-    """[1 + k · branches, branches]: a candidate sees itself; a token after it sees the candidate and itself."""
-    candidates = torch.arange(1, 1 + k, device=device)
-    if branches == 1:
-        return torch.cat((candidates.new_tensor([-1]), candidates)).unsqueeze(-1)
-    nothing = candidates.new_full((1 + k, 1), -1)
-    first = torch.cat((torch.cat((candidates.new_tensor([-1]), candidates)).unsqueeze(-1), nothing), dim=1)
-    return torch.cat((first, torch.stack((candidates, candidates + k), dim=1)))
 
 
 def _split(batch: list[Any], budget: int) -> list[list[Any]]:

@@ -52,15 +52,23 @@ class PagedCache:
     """
 
     def __init__(
-        self, layers: Sequence[LayerShape], num_blocks: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        layers: Sequence[LayerShape],
+        num_blocks: int,
+        num_scratch: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         self.num_blocks = num_blocks
         self.padding = num_blocks
         """Index of one block more that no sequence ever gets: tables are padded with it."""
+        self.scratch = range(num_blocks + 1, num_blocks + 1 + num_scratch)
+        """Indices of the blocks that candidates are written to, a step at a time."""
+        total = num_blocks + 1 + num_scratch
         # Masked columns are read and weighted with 0, and 0 · NaN is NaN: blocks begin as zeros, a block that is
         # handed out holds finite numbers only (see scrub), and padding is never written.
-        self.keys = [_zeros(shape.heads, num_blocks + 1, shape.key_width, dtype, device) for shape in layers]
-        self.values = [_zeros(shape.heads, num_blocks + 1, shape.value_width, dtype, device) for shape in layers]
+        self.keys = [_zeros(shape.heads, total, shape.key_width, dtype, device) for shape in layers]
+        self.values = [_zeros(shape.heads, total, shape.value_width, dtype, device) for shape in layers]
         self._blocks = [Block(index) for index in range(num_blocks)]
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._children: dict[int, OrderedDict[tuple[int, ...], int]] = {}

@@ -73,14 +73,11 @@ class CausalReward:
 
     kind = "causal"
 
-    def __init__(self, model: torch.nn.Module, name: str, cache_bytes: int) -> None:
+    def __init__(self, model: torch.nn.Module, name: str, cache_bytes: int, max_rows: int = 64) -> None:
         self.name = name
-        self._probe_against(model, cache_bytes)
-
-    def _probe_against(self, model: torch.nn.Module, cache_bytes: int) -> None:
         evaluate = _plain_forward(model)
         plain_attention = model.config._attn_implementation
-        self.model = CausalModel(model, self.name, cache_bytes)
+        self.model = CausalModel(model, self.name, cache_bytes, max_rows)
         self.window = self.model.window
 
         def evaluate_plain(ids: torch.Tensor) -> torch.Tensor:
@@ -213,9 +210,12 @@ def load_reward_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     cache_bytes: int = 256 * 2**20,
+    max_rows: int = 64,
     trust_remote_code: bool = False,
 ) -> RewardModel:
     """Loads a checkpoint from a folder or the hub and picks its path: causal when it shares the base's tokenizer.
+
+    max_rows: rows that one forward is laid out for; more are scored in several.
 
     Raises ModelRefused with the reason and the way out. Only safetensors are read.
     """
@@ -234,7 +234,7 @@ def load_reward_model(
         raise ModelRefused(f"reward model {name!r}: {path} lacks the weights {', '.join(missing[:3])}")
     model = model.to(device)
     if causal:
-        return CausalReward(model, name, cache_bytes)
+        return CausalReward(model, name, cache_bytes, max_rows)
     logger.warning(
         "reward model %r (%s) does not share the base model's tokenizer or is not causal: it is scored from text, "
         "which reads the whole answer again for every candidate and is much slower",

@@ -37,6 +37,7 @@ def build_runtime(vllm_config: Any, device: torch.device) -> WorkerRuntime:
                 dtype=model_config.dtype,
                 device=device,
                 cache_bytes=config.cache_bytes_per_model,
+                max_rows=vllm_config.scheduler_config.max_num_seqs,
                 trust_remote_code=model_config.trust_remote_code,
             )
         except ModelRefused as error:

@@ -44,13 +44,11 @@ class _Guided:
         extra = {key: value for key, value in (params.extra_args or {}).items() if key != CONFIG_KEY}
         if self._guidance is not None:
             self._keys.append(uuid4().hex)
-            asked: set[str] = self.model_fields_set  # type: ignore[attr-defined]
             fields = ("max_completion_tokens", "max_tokens")
-            given = [name for name in fields if name in asked and getattr(self, name) is not None]
             extra[CONFIG_KEY] = {
                 "key": self._keys[-1],
                 "guidance": self._guidance.model_dump(mode="json", exclude_unset=True),
-                "max_tokens_field": given[0] if given else None,
+                "max_tokens_field": next((name for name in fields if getattr(self, name, None) is not None), None),
             }
         params.extra_args = extra or None
         return params

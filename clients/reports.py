@@ -1,0 +1,57 @@
+"""What the server says about guidance, typed: the report of an answer and the contents of `GET /v1/guidance`."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Answer(BaseModel):
+    # A newer server may say more; what it says stays readable as an attribute.
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class GuidanceReport(_Answer):
+    """What guidance did to one choice."""
+
+    method: str
+    tokens: int
+    guided_tokens: int
+    interventions: int
+    """Positions at which guidance changed the most likely token."""
+    kl: float
+    """Σ log π − log π₀ of the chosen tokens, nats, before temperature and top-p."""
+    rewards: dict[str, float | None]
+    """Each reward model's value at the end of the answer; None where the last token was not scored."""
+    reward_model_tokens: int
+    """Tokens that reward models read for this choice."""
+    policy_tokens: int
+    """Tokens that other policies read for this choice."""
+
+
+class LoadedModel(_Answer):
+    """A reward model or policy that requests may name."""
+
+    name: str
+    kind: str | None = None
+    window: int | None = None
+    """The longest prompt and answer together, in tokens."""
+
+
+class ServerGuidance(_Answer):
+    """What a server offers."""
+
+    methods: dict[str, dict[str, Any]]
+    """Method name → JSON schema of its guidance object."""
+    reward_models: tuple[LoadedModel, ...]
+    policies: tuple[LoadedModel, ...]
+    presets: dict[str, Any]
+    limits: dict[str, Any]
+
+
+def guidance_of(choice: BaseModel) -> GuidanceReport | None:
+    """The report on a choice of a completion or chat completion; None if it was not guided.
+
+    In a stream only the chunk with the choice's finish_reason carries one.
+    """
+    report = (choice.model_extra or {}).get("guidance")
+    return None if report is None else GuidanceReport.model_validate(report)

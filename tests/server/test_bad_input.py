@@ -1,0 +1,216 @@
+"""Bad requests are refused with HTTP 400 that names the field and the way out, and disturb nobody."""
+
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+from steersman.guidance.request import METHODS
+from tests.server.polling import assert_no_block_stays_in_use
+from tests.support.server import Server
+
+NAN, INFINITY = float("nan"), float("inf")
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+GOOD = {"method": "pargs", "reward_model": "first"}
+
+
+@dataclass(frozen=True)
+class Bad:
+    """What is wrong with a request, the field that is to be named, and words that are to be found in the message."""
+
+    change: dict[str, Any]
+    param: str
+    words: tuple[str, ...]
+    paths: tuple[str, ...] = (COMPLETIONS, CHAT)
+
+
+def _field(param: str, *words: str, **fields: Any) -> Bad:
+    return Bad({"guidance": {**GOOD, **fields}}, param, words)
+
+
+def _terms(param: str, *words: str, terms: Any) -> Bad:
+    return Bad({"guidance": {"method": "pargs", "rewards": terms}}, param, words)
+
+
+BAD = {
+    "guidance is a list": Bad({"guidance": [GOOD]}, "guidance", ("must be an object", "method")),
+    "guidance is a number": Bad({"guidance": 7}, "guidance", ("7",)),
+    "guidance is true": Bad({"guidance": True}, "guidance", ("True",)),
+    "guidance is a string": Bad({"guidance": "helpful"}, "guidance", ("helpful",)),
+    "guidance is empty": Bad({"guidance": {}}, "guidance.method", ("is missing", *METHODS)),
+    "no method": Bad({"guidance": {"reward_model": "first"}}, "guidance.method", ("is missing", *METHODS)),
+    "unknown method": _field("guidance.method", "'steer'", *METHODS, method="steer"),
+    "method is null": _field("guidance.method", *METHODS, method=None),
+    "method is a list": _field("guidance.method", *METHODS, method=["pargs"]),
+    "unknown field": _field("guidance.bta", "beta", "top_k", "reward_model", bta=1),
+    "unknown model": _field("guidance.reward_model", "'absent'", "first", "second", "narrow", reward_model="absent"),
+    "model without a name": _field("guidance.reward_model", "at least 1", reward_model=""),
+    "model is a number": _field("guidance.reward_model", "string", "got 3", reward_model=3),
+    "beta is negative": _field("guidance.beta", "greater than or equal to 0", "-0.5", beta=-0.5),
+    "beta is NaN": _field("guidance.beta", "finite", beta=NAN),
+    "beta is infinite": _field("guidance.beta", "finite", beta=INFINITY),
+    "beta is minus infinity": _field("guidance.beta", "finite", beta=-INFINITY),
+    "beta is a string": _field("guidance.beta", "valid number", "'1'", beta="1"),
+    "beta is true": _field("guidance.beta", "valid number", "True", beta=True),
+    "beta is null": _field("guidance.beta", "valid number", beta=None),
+    "beta is huge": _field("guidance.beta", "less than or equal to 100", beta=1e9),
+    "top_k is zero": _field("guidance.top_k", "greater than or equal to 1", top_k=0),
+    "top_k is huge": _field("guidance.top_k", "less than or equal to", "10000", top_k=10000),
+    "top_k is a fraction": _field("guidance.top_k", "valid integer", "2.5", top_k=2.5),
+    "top_k is a string": _field("guidance.top_k", "valid integer", "'10'", top_k="10"),
+    "end_token is a number": _field("guidance.end_token", "valid boolean", end_token=1),
+    "model and terms": _field("guidance", "either reward_model or rewards", rewards=[{"model": "first"}]),
+    "neither model nor terms": Bad({"guidance": {"method": "args"}}, "guidance", ("either reward_model or rewards",)),
+    "no terms": _terms("guidance.rewards", "at least 1", terms=[]),
+    "terms are an object": _terms("guidance.rewards", "tuple", terms={"model": "first"}),
+    "too many terms": _terms("guidance.rewards", "at most 8", terms=[{"model": f"m{n}"} for n in range(9)]),
+    "a model twice": _terms("guidance", "twice", "weights", terms=[{"model": "first"}, {"model": "first"}]),
+    "term without a model": _terms("guidance.rewards.1.model", "required", terms=[{"model": "first"}, {"weight": 1}]),
+    "term with an unknown model": _terms(
+        "guidance.rewards.1.model", "'absent'", "first", terms=[{"model": "first"}, {"model": "absent"}]
+    ),
+    "term with an unknown field": _terms(
+        "guidance.rewards.0.tau", "weight", "transform", terms=[{"model": "first", "tau": 1}]
+    ),
+    "weight is NaN": _terms("guidance.rewards.0.weight", "finite", terms=[{"model": "first", "weight": NAN}]),
+    "weight is huge": _terms(
+        "guidance.rewards.0.weight", "less than or equal to 100", terms=[{"model": "first", "weight": 1e9}]
+    ),
+    "unknown transform": _terms(
+        "guidance.rewards.0.transform",
+        *("identity", "affine", "log_sigmoid"),
+        terms=[{"model": "first", "transform": "cube"}],
+    ),
+    "reference without log_sigmoid": _terms(
+        "guidance.rewards.0", "reference", "log_sigmoid", terms=[{"model": "first", "reference": 1.0}]
+    ),
+    "scale without affine": _terms("guidance.rewards.0", "scale", "affine", terms=[{"model": "first", "scale": 2.0}]),
+    "beam search": Bad({"use_beam_search": True, "n": 2}, "use_beam_search", ("guidance", "leave one")),
+    "more choices than the cache holds": Bad(
+        {"n": 300, "max_tokens": 150}, "max_tokens", ("n=300", "'first'", "--guidance-cache")
+    ),
+    "embeddings": Bad({"prompt_embeds": "AAAA"}, "prompt_embeds", ("tokens", "send a prompt"), (COMPLETIONS,)),
+    "empty prompt": Bad({"prompt": ""}, "prompt", ("empty",), (COMPLETIONS,)),
+    "one empty prompt of two": Bad({"prompt": [[5, 6], []]}, "prompt", ("empty",), (COMPLETIONS,)),
+    "prompt fills the window": Bad(
+        {"prompt": [7] * 64, "guidance": {**GOOD, "reward_model": "narrow"}},
+        "prompt",
+        ("64 tokens", "'narrow'", "shorten"),
+        (COMPLETIONS,),
+    ),
+    "answer exceeds the window": Bad(
+        {"prompt": [7] * 60, "max_tokens": 5, "guidance": {**GOOD, "reward_model": "narrow"}},
+        "max_tokens",
+        ("'narrow'", "64", "at most 4"),
+        (COMPLETIONS,),
+    ),
+    "answer to a chat exceeds the window": Bad(
+        {"max_completion_tokens": 60, "guidance": {**GOOD, "reward_model": "narrow"}},
+        "max_completion_tokens",
+        ("'narrow'", "64", "at most"),
+        (CHAT,),
+    ),
+    "chat exceeds the window": Bad(
+        {"messages": [{"role": "user", "content": "zq" * 60}], "guidance": {**GOOD, "reward_model": "narrow"}},
+        "prompt",
+        ("'narrow'", "64", "shorten"),
+        (CHAT,),
+    ),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("path", "bad"),
+    [
+        pytest.param(path, bad, id=f"{'chat' if path == CHAT else 'completions'}: {name}")
+        for name, bad in BAD.items()
+        for path in bad.paths
+    ],
+)
+def test_the_refusal_names_the_field_and_the_way_out(server: Server, path: str, bad: Bad, stream: bool) -> None:
+    response = _send(server, path, {**_body(path), **bad.change, "stream": stream})
+    error = _error(response)
+    assert error["param"] == bad.param
+    assert bad.param.split(".")[-1] in error["message"]
+    missing = [word for word in bad.words if word not in error["message"]]
+    assert not missing, f"{missing} not in {error['message']!r}"
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_null_guidance_is_no_guidance(server: Server, path: str) -> None:
+    response = _send(server, path, {**_body(path), "guidance": None})
+    assert response.status_code == 200
+    assert "guidance" not in response.json()["choices"][0]
+
+
+def test_a_chat_whose_length_was_not_given_is_cut_to_the_window(server: Server) -> None:
+    body = {**_body(CHAT), "max_tokens": None, "ignore_eos": True, "guidance": {**GOOD, "reward_model": "narrow"}}
+    response = _send(server, CHAT, body)
+    assert response.status_code == 200, response.text
+    usage = response.json()["usage"]
+    assert usage["total_tokens"] == 64
+    assert response.json()["choices"][0]["guidance"]["tokens"] == usage["completion_tokens"]
+
+
+OTHER_ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/responses": {"input": "hi", "max_output_tokens": 4},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4},
+    "/v1/chat/completions/batch": {"messages": [[{"role": "user", "content": "hi"}]], "max_tokens": 4},
+    "/invocations": {"prompt": "hi", "max_tokens": 4},
+    "/tokenize": {"prompt": "hi"},
+}
+
+
+@pytest.mark.parametrize("path", OTHER_ROUTES)
+def test_routes_without_guidance_refuse_it(server: Server, path: str) -> None:
+    body = {"model": "base", **OTHER_ROUTES[path]}
+    assert _send(server, path, body).status_code == 200
+    error = _error(_send(server, path, {**body, "guidance": GOOD}))
+    assert error["param"] == "guidance"
+    assert path in error["message"]
+    assert COMPLETIONS in error["message"]
+
+
+def test_bad_requests_neither_disturb_a_neighbour_nor_leave_anything_behind(server: Server) -> None:
+    seed = random.randrange(2**31)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    prompt = [rng.randrange(2, 300) for _ in range(20)]
+    fields = {"max_tokens": 150, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    alone = server.complete(prompt, GOOD, **fields)["choices"][0]
+    with ThreadPoolExecutor(1) as pool:
+        neighbour = pool.submit(server.complete, prompt, GOOD, **fields)
+        refused = 0
+        while not neighbour.done():
+            path, bad = rng.choice([(path, bad) for bad in BAD.values() for path in bad.paths])
+            assert _send(server, path, {**_body(path), **bad.change}).status_code == 400
+            refused += 1
+    assert refused >= 10, "the neighbour was too short for this test"
+    assert neighbour.result()["choices"][0]["token_ids"] == alone["token_ids"]
+    assert_no_block_stays_in_use(server)
+    assert server.complete(prompt, GOOD, **fields)["choices"][0]["token_ids"] == alone["token_ids"]
+
+
+def _body(path: str) -> dict[str, Any]:
+    asked = {"prompt": [5, 6, 7]} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "hi"}]}
+    return {"model": "base", "max_tokens": 4, "guidance": GOOD, **asked}
+
+
+def _send(server: Server, path: str, body: dict[str, Any]) -> httpx.Response:
+    # json.dumps writes NaN and Infinity, which httpx's own `json=` refuses.
+    headers = {"Content-Type": "application/json"}
+    return httpx.post(f"{server.url}{path}", content=json.dumps(body), headers=headers, timeout=120)
+
+
+def _error(response: httpx.Response) -> dict[str, Any]:
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error.keys() >= {"message", "type", "param", "code"}
+    assert error["code"] == 400
+    assert error["type"].replace(" ", "").startswith("BadRequest")
+    return error

@@ -1,0 +1,126 @@
+"""Starts that cannot end well are refused with one line that names the culprit and the way out."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from tests.support.server import test_environment
+from tests.support.tiny import build_tokenizer, save_reward
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Arguments of `steersman serve`, {} standing for the models' folder, and what the line must say."""
+
+    arguments: tuple[str, ...]
+    words: tuple[str, ...]
+
+
+def _reward(*values: str, words: tuple[str, ...]) -> Refused:
+    flags = [flag for value in values for flag in ("--reward-model", value)]
+    return Refused(("{}/base", *flags), words)
+
+
+BEFORE_START = {
+    "missing path": _reward("helpful={}/absent", words=("'helpful'", "absent", "does not exist")),
+    "not a checkpoint": _reward("helpful={}", words=("'helpful'", "config.json is missing")),
+    "a causal model": _reward("helpful={}/base", words=("'helpful'", "LlamaForCausalLM", "ForSequenceClassification")),
+    "two outputs": _reward("helpful={}/pair", words=("'helpful'", "2 outputs", "has one")),
+    "another tokenizer": _reward("helpful={}/foreign", words=("'helpful'", "another tokenizer", "train it")),
+    "pickled weights": _reward("helpful={}/pickled", words=("'helpful'", "safetensors", "save_pretrained")),
+    "no path": _reward("helpful", words=("--reward-model helpful", "NAME=PATH")),
+    "no name": _reward("={}/first", words=("--reward-model =", "NAME=PATH")),
+    "a name twice": _reward("helpful={}/first", "helpful={}/second", words=("helpful", "twice")),
+    "missing base": Refused(("{}/absent", "--reward-model", "helpful={}/first"), ("base model", "absent")),
+    "no cache": Refused(("{}/base", "--guidance-cache", "0"), ("--guidance-cache 0", "positive")),
+    "negative cache": Refused(("{}/base", "--guidance-cache", "-1"), ("--guidance-cache -1", "positive")),
+}
+BY_COMMAND = ("missing path", "another tokenizer", "pickled weights")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(models: Path) -> Path:
+    """The shared models, and beside them checkpoints that must be refused."""
+    save_reward(models / "pair", seed=6)
+    _change_labels(models / "pair")
+    _save_foreign(models / "foreign")
+    _save_pickled(models / "pickled")
+    kinds = {"attention_types": [[["global", "local"], 1]], "window_size": 16}
+    save_reward(models / "neo", seed=7, kind="GPTNeo", num_layers=2, num_heads=2, **kinds)
+    return models
+
+
+@pytest.mark.parametrize("name", BEFORE_START)
+def test_refusals_before_the_engine_starts(
+    checkpoints: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from steersman.server import serve
+
+    async def never(_: object) -> None:
+        raise AssertionError("the engine would have been started")
+
+    monkeypatch.setattr(serve, "serve", never)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refused = BEFORE_START[name]
+    assert serve.main(_arguments(refused, checkpoints)) == 2
+    _check_line(capsys.readouterr().err, refused.words)
+
+
+def test_refusals_by_the_command(checkpoints: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(lambda name: _run(_arguments(BEFORE_START[name], checkpoints)), BY_COMMAND))
+    for name, outcome in zip(BY_COMMAND, outcomes, strict=True):
+        assert outcome.returncode == 2, outcome.stderr
+        assert "Traceback" not in outcome.stdout + outcome.stderr
+        _check_line(outcome.stderr, BEFORE_START[name].words)
+
+
+def test_a_model_whose_cached_rewards_would_be_wrong_is_refused_by_the_worker(checkpoints: Path) -> None:
+    flags = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "64", "--guidance-cache", "0.05")
+    outcome = _run([str(checkpoints / "base"), *flags, "--reward-model", f"neo={checkpoints / 'neo'}"])
+    assert outcome.returncode in (1, 2), outcome.stderr
+    assert "Traceback" not in outcome.stdout + outcome.stderr
+    _check_line(outcome.stderr, ("'neo'", "gpt_neo"))
+
+
+def _arguments(refused: Refused, folder: Path) -> list[str]:
+    return [argument.replace("{}", str(folder)) for argument in refused.arguments]
+
+
+def _run(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "steersman.cli", "serve", *arguments, "--port", "0"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=test_environment())
+
+
+def _check_line(stderr: str, words: Sequence[str]) -> None:
+    lines = [line for line in stderr.splitlines() if line.startswith("steersman: ")]
+    assert len(lines) == 1, stderr
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def _change_labels(folder: Path) -> None:
+    config = AutoConfig.from_pretrained(folder, num_labels=2)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+
+
+def _save_foreign(folder: Path) -> None:
+    save_reward(folder, seed=8)
+    build_tokenizer(vocabulary=300).save_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.steersman = {"kind": "reward"}
+    config.save_pretrained(folder)
+
+
+def _save_pickled(folder: Path) -> None:
+    save_reward(folder, seed=9)
+    weights = folder / "model.safetensors"
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    weights.unlink()
