@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-BLOCK_SIZE = 32
+BLOCK_SIZE = 16
 """Tokens a block holds: the unit in which memory is handed out."""
 
 _SIBLINGS_TRIED = 8

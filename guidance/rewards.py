@@ -76,12 +76,12 @@ class CausalReward:
     def __init__(self, model: torch.nn.Module, name: str, cache_bytes: int, max_rows: int = 64) -> None:
         self.name = name
         evaluate = _plain_forward(model)
-        plain_attention = model.config._attn_implementation
         self.model = CausalModel(model, self.name, cache_bytes, max_rows)
         self.window = self.model.window
 
         def evaluate_plain(ids: torch.Tensor) -> torch.Tensor:
-            model.set_attn_implementation(plain_attention)
+            # The eager implementation is the definition: others leave out what they cannot do, such as capped scores.
+            model.set_attn_implementation("eager")
             try:
                 return evaluate(ids.to(self.model.device))
             finally:

@@ -16,6 +16,7 @@ from steersman.guidance.plan import Plan
 from steersman.guidance.report import Report, StepRecord, summarise
 from steersman.guidance.rewards import Prefix, RewardModel
 from steersman.guidance.transforms import Combination, build_combination
+from steersman.kernels.reference import select_candidates, write_candidates
 
 logger = logging.getLogger(__name__)
 
@@ -117,42 +118,37 @@ class GuidanceRuntime:
         base = logits if index is None else logits[index]
         vocabulary = base.shape[-1]
         k = min(max(plan.top_k for plan in plans), vocabulary)
-        values, ids = base.topk(k, dim=-1)
+        limits = None
         if any(plan.top_k < k for plan in plans):
             limits = torch.tensor([[plan.top_k] for plan in plans], device=logits.device)
-            values = values.masked_fill(torch.arange(k, device=logits.device) >= limits, -torch.inf)
-
-        base_logprobs = values - base.logsumexp(dim=-1, keepdim=True)
+        ids, values, base_logprobs = select_candidates(base, k, limits)
         chosen = time.perf_counter()
         rewards = self._score(rows, plans, ids)
         scored = time.perf_counter()
         bonus = self._combine(plans, rewards)
         scores = torch.where(values.isneginf(), values, values + bonus)
         failed = scores.isnan().any(dim=-1) | scores.isposinf().any(dim=-1)
-        record = StepRecord(ids, base_logprobs, bonus, rewards)
-        for g, (row, bad) in enumerate(zip(rows, failed.tolist(), strict=True)):
-            if bad:
-                self._fail(row.request, rewards[g])
-                continue
-            position = len(row.prompt) + len(row.output) - row.request.prompt_length
-            del row.request.records[position:]
-            row.request.records.append((record, g))
-
-        good = ~failed
-        if not bool(good.all()):
-            rows = [row for row, bad in zip(rows, failed.tolist(), strict=True) if not bad]
-            index = torch.tensor([row.index for row in rows], dtype=torch.long, device=logits.device)
+        self._record(rows, StepRecord(ids, base_logprobs, bonus, rewards), failed.tolist())
+        if bool(failed.any()):
+            good = ~failed
+            index = torch.tensor([row.index for row in rows], device=logits.device)[good]
             ids, scores = ids[good], scores[good]
-        if index is None:
-            logits.fill_(-torch.inf).scatter_(1, ids, scores)
-        else:
-            logits.index_fill_(0, index, -torch.inf)
-            logits.index_put_((index.unsqueeze(-1), ids), scores)
+        write_candidates(logits, index, ids, scores)
         self.work.steps += 1
         self.work.rows += len(plans)
         self.work.candidates_seconds += chosen - began
         self.work.rewards_seconds += scored - chosen
         self.work.writing_seconds += time.perf_counter() - scored
+
+    def _record(self, rows: list[Row], record: StepRecord, failed: list[bool]) -> None:
+        for g, (row, bad) in enumerate(zip(rows, failed, strict=True)):
+            if bad:
+                self._fail(row.request, record.rewards[g])
+                continue
+            # A position that is scored again replaces what was recorded for it.
+            position = len(row.prompt) + len(row.output) - row.request.prompt_length
+            del row.request.records[position:]
+            row.request.records.append((record, g))
 
     def _combine(self, plans: list[Plan], rewards: torch.Tensor) -> torch.Tensor:
         if self._combination is None or self._combination[0] != plans:

@@ -1,0 +1,83 @@
+"""Laws that every decoding method obeys, as assertions over one step of the runtime."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from steersman.guidance.runtime import GuidanceRuntime, Row
+from tests.support.oracle import plan_of
+
+Guidances = Sequence[dict[str, Any] | None]
+
+
+def step(
+    runtime: GuidanceRuntime, logits: torch.Tensor, prompts: Sequence[list[int]], guidances: Guidances
+) -> torch.Tensor:
+    """One step over a copy of `logits` [B, V] for new requests; None leaves a row unguided. Leaves nothing behind."""
+    guided = logits.clone()
+    rows = []
+    for n, (prompt, guidance) in enumerate(zip(prompts, guidances, strict=True)):
+        if guidance is not None:
+            rows.append(Row(n, runtime.start(("law", n), plan_of(guidance), len(prompt)), prompt, []))
+    runtime.step(guided, rows)
+    for row in rows:
+        assert row.request.error is None, row.request.error
+        runtime.finish(row.request.key, [])
+    return guided
+
+
+def assert_zero_strength_keeps_the_supports_logits(
+    runtime: GuidanceRuntime, logits: torch.Tensor, prompts: Sequence[list[int]], guidance: dict[str, Any]
+) -> None:
+    """With β = 0 every token of the support has the base's logit bit for bit."""
+    guided = step(runtime, logits, prompts, [{**guidance, "beta": 0.0}] * len(prompts))
+    support = guided > -torch.inf
+    assert torch.equal(guided[support], logits[support])
+    assert support.sum(-1).tolist() == [min(guidance["top_k"], int((row > -torch.inf).sum())) for row in logits]
+
+
+def assert_masked_tokens_stay_masked(
+    runtime: GuidanceRuntime, logits: torch.Tensor, prompts: Sequence[list[int]], guidance: dict[str, Any]
+) -> None:
+    """A token that a grammar has masked is never given back, even where fewer than k are left."""
+    masked = logits.clone()
+    masked[:, 4:] = torch.where(torch.rand(masked[:, 4:].shape) < 0.98, -torch.inf, masked[:, 4:])
+    guided = step(runtime, masked, prompts, [guidance] * len(prompts))
+    assert torch.all(guided[masked == -torch.inf] == -torch.inf)
+    assert torch.all((guided > -torch.inf).any(-1))
+
+
+def assert_unguided_rows_keep_their_bits(
+    runtime: GuidanceRuntime, logits: torch.Tensor, prompts: Sequence[list[int]], guidance: dict[str, Any]
+) -> None:
+    """Rows without guidance are not touched, wherever they lie in the batch."""
+    guidances = [guidance if n % 2 else None for n in range(len(prompts))]
+    guided = step(runtime, logits, prompts, guidances)
+    for n, wanted in enumerate(guidances):
+        assert torch.equal(guided[n], logits[n]) == (wanted is None)
+
+
+def assert_batched_equals_single(
+    runtime: GuidanceRuntime, logits: torch.Tensor, prompts: Sequence[list[int]], guidances: Guidances
+) -> None:
+    """A row's result does not depend on its neighbours."""
+    together = step(runtime, logits, prompts, guidances)
+    for n, (prompt, guidance) in enumerate(zip(prompts, guidances, strict=True)):
+        alone = step(runtime, logits[n : n + 1], [prompt], [guidance])
+        torch.testing.assert_close(together[n : n + 1], alone, rtol=0, atol=2e-5)
+
+
+def assert_equals_reference(
+    runtime: GuidanceRuntime,
+    logits: torch.Tensor,
+    prompts: Sequence[list[int]],
+    guidances: Guidances,
+    reference: Callable[[torch.Tensor, list[int], dict[str, Any]], torch.Tensor],
+) -> None:
+    """The guided distribution is the reference's, log-probability by log-probability."""
+    guided = step(runtime, logits, prompts, guidances)
+    for n, (prompt, guidance) in enumerate(zip(prompts, guidances, strict=True)):
+        if guidance is not None:
+            expected = reference(logits[n], prompt, guidance)
+            torch.testing.assert_close(guided[n].double().log_softmax(-1), expected, rtol=0, atol=5e-5)
