@@ -18,7 +18,7 @@ from steersman.benchmarks.load import Load, Measurement, run_load
 from steersman.benchmarks.naive import measure_naive
 
 GUIDANCE = {"method": "pargs", "reward_model": "helpful", "beta": 1.5, "top_k": 10}
-CONCURRENCY = (8,)
+CONCURRENCY = (1, 8, 32)
 LENGTHS = (32, 128, 512)
 _TOKENS = 128
 

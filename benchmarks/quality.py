@@ -17,7 +17,7 @@ from scipy import stats
 from steersman.benchmarks.common import RESULTS, demo_server, read_prompts, write_json
 from steersman.training.world import gold
 
-BETAS = (0.5, 1.0, 2.0, 3.0, 4.5, 7.0, 12.0)
+BETAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _CONCURRENCY = 32
 _MAX_TOKENS = 200
 _JUDGE = "judge"

@@ -107,7 +107,7 @@ def _explain(error: ValidationError) -> GuidanceError:
         known = ", ".join(sorted(Reward.model_fields if "rewards" in first["loc"] else RewardGuidance.model_fields))
         return GuidanceError(field, f"is not a known field; known fields are {known}")
     message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
+    message = (message[0].lower() + message[1:]).replace("tuple", "list")
     shown = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r:.80}"
     return GuidanceError(field, message + shown)
 

@@ -29,8 +29,12 @@ if ! .venv/bin/python -c "import torch, sys; sys.exit(not torch.__version__.star
     "${pip[@]}" install --quiet --no-deps "torch==$torch_version+cpu" 2>/dev/null ||
         .venv/bin/uv pip install --python .venv/bin/python --no-deps --torch-backend cpu "torch==$torch_version"
 fi
-"${pip[@]}" install --no-deps --no-compile --progress-bar on --requirement requirements/cpu.lock |
-    grep --line-buffered -E '^(Collecting|Installing|Successfully)' | sed -u 's/\(Successfully installed\).*/\1/' || true
+total=$(grep -c '==' requirements/cpu.lock)
+"${pip[@]}" install --no-deps --no-compile --progress-bar off --requirement requirements/cpu.lock 2>.venv/install.log |
+    awk -v total="$total" '
+        /^(Collecting|Requirement already satisfied)/ { printf "\rsetup: %d of %d packages fetched", ++n, total; fflush() }
+        /^Installing collected/ { printf "\nsetup: unpacking\n"; fflush() }' ||
+    { tail -n 20 .venv/install.log >&2; exit 1; }
 "${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .
 .venv/bin/python -c 'import torch, vllm, transformers; print("setup: torch", torch.__version__, "vllm", vllm.__version__, "transformers", transformers.__version__)'
 echo "$wanted" >"$stamp"

@@ -1,6 +1,6 @@
 """Adapter for Model Runner V2's logits processors: keyed by request slot, rows in any order every step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,8 +12,11 @@ from steersman.server.loading import build_runtime, read_plan
 
 @dataclass
 class _Slot:
+    """A guided request in its slot; its tokens are read from vLLM's buffer once, and followed from then on."""
+
     request: GuidedRequest
-    tokens: list[int] | None = None
+    prompt: list[int] = field(default_factory=list)
+    output: list[int] = field(default_factory=list)
 
 
 class GuidanceLogitsProcessor(LogitsProcessor):
@@ -30,7 +33,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         """The slot's former request has left for good or is preempted: either way its cache is given back."""
         former = self._slots.pop(req_idx, None)
         if former is not None:
-            self.runtime.pause(former.request.key, former.tokens)
+            self.runtime.pause(former.request.key, [*former.prompt, *former.output])
         keyed_plan = read_plan(sampling_params)
         if keyed_plan is None:
             return False
@@ -57,12 +60,13 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         return logits
 
     def _row(self, index: int, slot: int, fed: int, length: int) -> Row:
+        """`fed` is the token at position `length` - 1: the last of the prompt, or the last that was generated."""
         held = self._slots[slot]
-        if held.tokens is None:
-            prefilled = int(self._states.prefill_len.np[slot])
-            held.tokens = self._states.all_token_ids.gpu[slot, :prefilled].tolist()
-        del held.tokens[length - 1 :]
-        held.tokens.append(fed)
-        return Row(
-            index, held.request, held.tokens[: held.request.prompt_length], held.tokens[held.request.prompt_length :]
-        )
+        prompt_length = held.request.prompt_length
+        if not held.prompt:
+            tokens = self._states.all_token_ids.gpu[slot, : int(self._states.prefill_len.np[slot])].tolist()
+            held.prompt, held.output = tokens[:prompt_length], tokens[prompt_length:]
+        if length > prompt_length:
+            del held.output[length - 1 - prompt_length :]
+            held.output.append(fed)
+        return Row(index, held.request, held.prompt, held.output)

@@ -1,0 +1,50 @@
+"""The commands as a user types them."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+
+from tests.support.server import _free_port
+
+
+def _run(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "steersman.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "160", **(environment or {})},
+        timeout=400,
+        check=False,
+    )
+
+
+def test_the_demo_shows_both_answers_with_their_rewards_and_stops() -> None:
+    done = _run("demo", "--port", str(_free_port()), environment={"ONCE": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    for row in ("gold reward", "reward model that steers", "independent reward model"):
+        plain, steered = _numbers(done.stdout, row)
+        assert steered > plain, f"{row}: {plain} without guidance, {steered} with it"
+    assert "curl http://127.0.0.1:" in done.stdout
+
+
+def test_help_and_version_answer_at_once() -> None:
+    assert "steersman COMMAND" in _run("--help").stdout
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", _run("--version").stdout)
+
+
+@pytest.mark.parametrize("arguments", [("sail",), ("train",), ("train", "sails")])
+def test_an_unknown_command_is_refused_with_what_there_is(arguments: Sequence[str]) -> None:
+    done = _run(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "usage" in done.stderr.lower()
+
+
+def _numbers(output: str, row: str) -> tuple[float, float]:
+    line = next(line for line in output.splitlines() if row in line)
+    plain, steered = (float(cell) for cell in line.split("│")[2:4])
+    return plain, steered
