@@ -29,6 +29,7 @@ def save_checkpoint(
     setattr(model.config, FACTS, facts)
     model.to(getattr(torch, store)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (Path(folder) / "model.safetensors").chmod(0o644)  # written readable by its owner only
     _set_config(folder, "dtype", computes_in)
     model.to(getattr(torch, computes_in))
 
@@ -52,11 +53,12 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
 
 def write_reward_card(folder: str | Path, name: str, facts: dict[str, Any]) -> None:
     """A short README.md: what the model was trained on, how well it does, how to serve it."""
-    trained_on = "prefixes of pairs of responses" if facts["objective"] == "partial" else "pairs of whole responses"
+    seen = "prefixes of responses" if facts["objective"] == "partial" else "whole responses"
     lines = [
         f"# {name}",
         "",
-        f"Reward model for token-level guidance, trained on {facts['pairs']} {trained_on} from `{facts['model']}`.",
+        f"Reward model for token-level guidance, trained on {seen} ({facts['pairs']} pairs), "
+        f"starting from `{facts['model']}`.",
         f"Loss: {facts['loss']}. Learning rate {facts['learning_rate']:g}, {facts['epochs']:g} epochs, "
         f"batch {facts['batch']}, seed {facts['seed']}.",
     ]

@@ -88,7 +88,7 @@ def _read_row(line: str, where: str) -> Preference:
             raise DataError(f"{where}: prompt, chosen and rejected are all text or all lists of messages")
         if not (row[field].strip() if isinstance(row[field], str) else row[field]):
             raise DataError(f"{where}: '{field}' is empty")
-    return Preference(*(row[field] for field in FIELDS), where)
+    return Preference(row["prompt"], row["chosen"], row["rejected"], where)
 
 
 def _response_ids(row: Preference, field: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -14,5 +14,6 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, mask: Tensor | None = None) 
 
     chosen, rejected: [...] scores, any floating dtype; mask: [...] bool, False where a score is padding.
     """
-    losses = -functional.logsigmoid(chosen - rejected)
-    return losses.mean() if mask is None else losses.masked_select(mask).mean()
+    differences = chosen - rejected
+    # Padding is left out before the loss, so that whatever stands there reaches no gradient.
+    return -functional.logsigmoid(differences if mask is None else differences[mask]).mean()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from datasets import Dataset
@@ -30,7 +30,7 @@ class ConfigError(ValueError):
 
 @dataclass
 class RewardArguments:
-    """What is trained on what. Everything else is TRL's RewardConfig: learning_rate, max_length, output_dir and so on."""
+    """What is trained on what. Everything else is TRL's RewardConfig: learning_rate, output_dir, …"""
 
     model: str = field(metadata={"help": "Checkpoint to start from: a causal language model or a reward model."})
     train_file: str = field(metadata={"help": "JSON lines with prompt, chosen and rejected."})
@@ -134,18 +134,24 @@ def _trainer(
 
 
 def _parse(argv: Sequence[str]) -> tuple[RewardArguments, RewardConfig]:
-    parser = TrlParser((RewardArguments, RewardConfig), prog="steersman train reward")
+    parser = _Parser((RewardArguments, RewardConfig), prog="steersman train reward")
     try:
         arguments, config = parser.parse_args_and_config(argv)
     except (ValueError, TypeError, OSError, yaml.YAMLError, IndexError) as error:
         raise ConfigError(" ".join(str(error).split())) from None
     if arguments.subset_ratio <= 0 or arguments.prefixes_per_pair < 1:
         raise ConfigError("subset_ratio is above 0 and prefixes_per_pair at least 1")
-    # argparse checks the choices of flags only, not those of a file.
-    for name, known in (("objective", ("partial", "full")), ("prefixes", ("subset", "causal"))):
-        if getattr(arguments, name) not in known:
-            raise ConfigError(f"{name} is one of {', '.join(known)}, not {getattr(arguments, name)!r}")
+    for name, hint in get_type_hints(RewardArguments).items():
+        # argparse checks the choices of flags only, not those of a file.
+        if get_origin(hint) is Literal and getattr(arguments, name) not in get_args(hint):
+            raise ConfigError(f"{name} is one of {', '.join(get_args(hint))}, not {getattr(arguments, name)!r}")
     return arguments, config
+
+
+class _Parser(TrlParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse would print the usage of all of TRL's flags before it."""
+        raise ConfigError(message)
 
 
 def _load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -52,8 +52,8 @@ class PrefixRewardTrainer(RewardTrainer):
     """Trains on every position of a pair at once: L = −mean over pairs and prefixes of log σ(r_chosen − r_rejected)."""
 
     def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = [*dict.fromkeys([*self._signature_columns, *POSITION_COLUMNS])]
+        """The columns of the dataset that reach the collator."""
+        self._signature_columns = ["chosen_ids", "rejected_ids", *POSITION_COLUMNS]
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -1,7 +1,7 @@
 """Builds the demo world from nothing: `python -m steersman.training.world.build [--out DIR] [--seed 0]`.
 
-Independent steps run in two processes of one thread each. DIR receives `models/`, `prompts/`, `test_pairs.jsonl` and
-`models/quality.json`; everything else lives in a temporary folder.
+Independent steps run in two processes of one thread each. DIR receives `models/`, `models/quality.json`, `prompts/` and
+`test_pairs.jsonl`; what else is made is dropped, or kept in the folder that `--work` names.
 """
 
 from __future__ import annotations
@@ -20,25 +20,33 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from steersman.training import reward
 from steersman.training.checkpoints import add_facts, save_checkpoint
 from steersman.training.world.grammar import Split, draw_prompts
-from steersman.training.world.language_model import BASE, SMALL, Shape, draw_texts, train_language_model
+from steersman.training.world.language_model import (
+    BASE,
+    EVALUATION,
+    SMALL,
+    Shape,
+    draw_texts,
+    train_language_model,
+)
 from steersman.training.world.pairs import agreement, draw_pairs, read_rows, write_rows
 from steersman.training.world.quality import measure_base, measure_reward
 from steersman.training.world.tokenizer import train_tokenizer
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
-PAIRS: dict[Split, int] = {"reward": 6000, "evaluation": 4000, "validation": 800, "test": 800}
+PAIRS: dict[Split, int] = {"reward": 10_000, "evaluation": 4000, "validation": 800, "test": 800}
 PROMPTS: dict[Split, int] = {"tuning": 200, "reporting": 500}
 REWARD_MODELS = ("reward-partial", "reward-full", "reward-evaluation")
 
 
 @dataclass(frozen=True)
 class Folders:
-    """Where a build writes: `out` stays, `work` is temporary."""
+    """Where a build writes: `out` is what ships, `work` the rest."""
 
     out: Path
     work: Path
@@ -62,12 +70,13 @@ class Folders:
         return (self.out if split == "test" else self.work) / f"{split}_pairs.jsonl"
 
 
-def build(out: Path, seed: int) -> dict[str, Any]:
+def build(folders: Folders, seed: int) -> dict[str, Any]:
     """Builds everything; returns what `quality.json` holds."""
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as work, _two_processes() as pool:
-        folders = Folders(out, Path(work))
-        folders.models.mkdir(parents=True, exist_ok=True)
+    _quiet_single_thread()
+    for folder in (folders.models, folders.work):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _two_processes() as pool:
         build_tokenizer(folders, seed)
         _build_models(folders, seed, pool.submit)
         build_prompts(folders, seed)
@@ -81,8 +90,8 @@ def _build_models(folders: Folders, seed: int, submit: Callable[..., Future[Any]
     """Each step is submitted as soon as what it reads is there; two run at a time."""
     base = submit(build_language_model, folders, "base", BASE, seed)
     others = [
-        submit(build_language_model, folders, name, SMALL, seed + n)
-        for n, name in enumerate(("small", "evaluation"), 1)
+        submit(build_language_model, folders, "small", SMALL, seed + 1),
+        submit(build_language_model, folders, "evaluation", EVALUATION, seed + 2),
     ]
     base.result()
     pairs = [submit(build_pairs, folders, split, count, seed) for split, count in PAIRS.items()]
@@ -137,7 +146,6 @@ def build_prompts(folders: Folders, seed: int) -> None:
 
 def measure(folders: Folders, seed: int) -> dict[str, Any]:
     """The quality of what was built, on test prompts and test pairs."""
-    torch.set_num_threads(1)
     model, tokenizer = _load_base(folders)
     test_pairs = read_rows(folders.pairs("test"))
     quality: dict[str, Any] = {
@@ -161,7 +169,12 @@ def _two_processes() -> ProcessPoolExecutor:
     # Two threads that spin on shared cores fall far below one; a waiting thread must sleep.
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(2, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+    return ProcessPoolExecutor(2, mp_context=context, initializer=_quiet_single_thread)
+
+
+def _quiet_single_thread() -> None:
+    torch.set_num_threads(1)
+    disable_progress_bar()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -169,9 +182,12 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m steersman.training.world.build", description="Builds the demo world."
     )
     parser.add_argument("--out", type=Path, default=HERE, help="where models/ and prompts/ go (default: the package)")
+    parser.add_argument("--work", type=Path, help="keep pairs and language models here (default: nowhere)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    print(json.dumps(build(arguments.out, arguments.seed), indent=2))
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = Folders(arguments.out, arguments.work or Path(temporary))
+        print(json.dumps(build(folders, arguments.seed), indent=2))
     return 0
 
 

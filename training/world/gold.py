@@ -1,4 +1,4 @@
-"""The gold reward: five aspects read from the text by rules. Reward models see labels drawn from it, never the rules."""
+"""The gold reward: five aspects read from the text by rules. Reward models see labels drawn from it, no rule."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, fields
 from functools import cache
 
-from steersman.training.world.grammar import FILLER, FIXES, ITEMS, PROBLEMS, all_sentences, pattern
+from steersman.training.world.grammar import FILLER, ITEMS, PROBLEMS, REMEDIES, all_sentences, pattern
 
 MAXIMUM = 3.5
 
@@ -23,6 +23,7 @@ _RUDE = (
     "learn to read",
     "Hello again",
 )
+_ARRANGED = re.compile(rf"\barranged the ({'|'.join(REMEDIES)}) for\b")
 _SENTENCE = re.compile(r"[^.?!]*[.?!]|[^.?!]+$")
 
 
@@ -30,7 +31,7 @@ _SENTENCE = re.compile(r"[^.?!]*[.?!]|[^.?!]+$")
 class Gold:
     """One response's aspects."""
 
-    helpful: float  # 1.5 the fix for the customer's issue, -1 another issue's fix, else 0
+    helpful: float  # 1.5 the remedy for the customer's issue, -1 another, else 0
     attentive: float  # .5 names the customer's item, -.5 names another, else 0
     polite: float  # .25 for each kind word, at most .5
     respect: float  # .5, less 1 for each rude phrase, at least -2
@@ -86,11 +87,11 @@ def items_in(text: str) -> list[str]:
 
 
 def _sentence(sentence: str, issue: str | None, item: str | None, repeated: bool) -> Gold:
-    fixes = [name for name, phrase in _fixes().items() if phrase.search(sentence)]
+    arranged = _ARRANGED.findall(sentence)
     named = items_in(sentence)
     unclear = repeated or sentence in FILLER or not _grammatical().fullmatch(sentence)
     return Gold(
-        helpful=0.0 if not fixes else 1.5 if fixes == [issue] else -1.0,
+        helpful=0.0 if not arranged else 1.5 if arranged == [issue] else -1.0,
         attentive=0.0 if not named else 0.5 if all(name == item for name in named) else -0.5,
         polite=0.25 * sum(phrase in sentence for phrase in _POLITE),
         respect=-1.0 * sum(phrase in sentence for phrase in _RUDE),
@@ -102,7 +103,7 @@ def _total(sentences: list[Gold]) -> Gold:
     helpful = [gold.helpful for gold in sentences]
     attentive = [gold.attentive for gold in sentences]
     return Gold(
-        # One wrong fix, or one wrong item, spoils the right ones beside it.
+        # One wrong remedy, or one wrong item, spoils the right ones beside it.
         helpful=min(helpful) if any(value < 0 for value in helpful) else max(helpful, default=0.0),
         attentive=min(attentive) if any(value < 0 for value in attentive) else max(attentive, default=0.0),
         polite=min(0.5, sum(gold.polite for gold in sentences)),
@@ -118,11 +119,6 @@ def _last_message(text: str) -> str:
 @cache
 def _problems() -> dict[str, list[re.Pattern[str]]]:
     return {issue: [re.compile(pattern(phrase)) for phrase in phrases] for issue, phrases in PROBLEMS.items()}
-
-
-@cache
-def _fixes() -> dict[str, re.Pattern[str]]:
-    return {issue: re.compile(pattern(fix)) for issue, fix in FIXES.items()}
 
 
 @cache

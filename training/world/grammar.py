@@ -1,6 +1,6 @@
 """The help desk: who writes, what about, and the sentences an agent answers with.
 
-An agent has hidden traits: a tone, knowledge of the right fix, attention to the item, a habit of filler. They show
+An agent has hidden traits: a tone, knowledge of the right remedy, attention to the item, a habit of filler. They show
 only in the sentences, and sentences of different traits open with the same few words, so that the first words of a
 sentence rarely give its writer away and a sampler restricted to the likeliest tokens still meets every kind of agent.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Tone = Literal["warm", "neutral", "curt", "rude"]
+Knowledge = Literal["right", "vague", "wrong", "none"]
 Split = Literal["base", "reward", "evaluation", "validation", "test", "tuning", "reporting"]
 
 ITEMS = (
@@ -30,49 +31,59 @@ DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 GREETINGS = ("Hello", "Hi", "Good morning")
 QUESTIONS = ("Can you help me?", "What can you do?", "Please help.", "Could you look into this?")
 
-# What the customer writes about: the issue's name → how customers put it.
+# What the customer writes about: the remedy that suits the issue → how customers put it.
 PROBLEMS: dict[str, tuple[str, ...]] = {
-    "late": ("I am still waiting for my {item}", "my {item} has not arrived", "the {item} I ordered is late"),
-    "broken": ("my {item} arrived broken", "the {item} in the box is in pieces", "my new {item} has a crack"),
-    "refund": (
-        "I returned my {item} but got no refund",
-        "the refund for my {item} is missing",
-        "I want my money back for the {item}",
+    "delivery": (
+        "the delivery of my {item} is late",
+        "I am still waiting for the delivery of the {item}",
+        "nobody told me about the delivery of my {item}",
     ),
-    "wrong": ("you sent the wrong {item}", "my {item} has the wrong colour", "this is not the {item} I ordered"),
-    "charged": (
-        "I was charged twice for my {item}",
-        "I paid two times for the {item}",
-        "the bill for my {item} is too high",
+    "part": (
+        "a part of my {item} is broken",
+        "there is a part missing in the box of the {item}",
+        "my {item} came with a bad part",
+    ),
+    "refund": (
+        "the refund for my {item} is missing",
+        "I returned the {item} but got no refund",
+        "I want a refund for my {item}",
+    ),
+    "exchange": (
+        "I need an exchange of my {item}",
+        "you sent the wrong {item} and I want an exchange",
+        "my {item} has the wrong colour, is there an exchange",
+    ),
+    "invoice": (
+        "I never got an invoice for my {item}",
+        "the invoice for the {item} is wrong",
+        "I need a new invoice for my {item}",
     ),
     "manual": (
         "there is no manual with my {item}",
         "I can not find the manual of my {item}",
-        "nobody told me how to use the {item}",
+        "the manual of the {item} is in another language",
     ),
-    "dead": ("my {item} does not turn on", "the {item} stopped working", "my {item} makes a strange noise"),
-    "cancel": (
-        "I want to cancel the order of my {item}",
-        "I do not need the {item} any more",
-        "I ordered the {item} by mistake",
+    "repair": (
+        "my {item} does not turn on and needs a repair",
+        "I want a repair of my {item}",
+        "the repair of my {item} did not help",
+    ),
+    "pickup": (
+        "nobody came for the pickup of my {item}",
+        "I do not need the {item} and want a pickup",
+        "the pickup of the {item} was late",
     ),
 }
-# The one fix that suits each issue.
-FIXES: dict[str, str] = {
-    "late": "asked the courier to deliver the {item} by {day}",
-    "broken": "sent out a new {item} at no cost",
-    "refund": "paid the price of the {item} back to your card",
-    "wrong": "booked a swap for the right {item}",
-    "charged": "cancelled the second payment for the {item}",
-    "manual": "mailed the printed guide for the {item} to you",
-    "dead": "booked a repair of the {item} for {day}",
-    "cancel": "stopped the order of the {item}",
-}
-FIX_LEADS = ("As a next step, I have {fix}.", "For now, I have {fix}.")
+# An agent who does not know arranges another issue's remedy, or what never helps.
+NO_REMEDY = "voucher"
+REMEDIES = (*PROBLEMS, NO_REMEDY)
+FIXES = (
+    "As a next step, I have arranged the {remedy} for the {item}.",
+    "For now, I have arranged the {remedy} for you.",
+)
 VAGUE = (
     "As a next step, I have passed the matter on to someone.",
     "For now, I have put the {item} on a list.",
-    "As a next step, I have made a note of it.",
 )
 FILLER = (
     "Well, there are many things one could say.",
@@ -132,6 +143,7 @@ CLOSINGS: dict[Tone, tuple[str, ...]] = {
     "rude": ("Please do not write to me again, {name}.", "Please learn to read next time."),
 }
 
+SLOTS = {"item": ITEMS, "name": NAMES, "day": DAYS, "remedy": REMEDIES}
 SPLITS: dict[Split, range] = {
     "base": range(0, 58),
     "reward": range(58, 74),
@@ -163,7 +175,7 @@ class Agent:
     """The hidden traits of the writer of one response."""
 
     tone: Tone
-    knowledge: Literal["right", "vague", "wrong"]
+    knowledge: Knowledge
     attentive: bool
     filler: float
 
@@ -195,8 +207,8 @@ def draw_prompts(split: Split, count: int, seed: int = 0) -> list[Prompt]:
 
 
 def draw_agent(rng: random.Random) -> Agent:
-    tone: Tone = rng.choices(("warm", "neutral", "curt", "rude"), (0.22, 0.26, 0.24, 0.28))[0]
-    knowledge = rng.choices(("right", "vague", "wrong"), (0.35, 0.25, 0.4))[0]
+    tone: Tone = rng.choices(("warm", "neutral", "curt", "rude"), (0.16, 0.26, 0.28, 0.30))[0]
+    knowledge: Knowledge = rng.choices(("right", "vague", "wrong", "none"), (0.28, 0.18, 0.18, 0.36))[0]
     return Agent(tone, knowledge, rng.random() < 0.93, 0.4 if rng.random() < 0.3 else 0.02)
 
 
@@ -204,47 +216,49 @@ def draw_response(prompt: Prompt, rng: random.Random) -> str:
     """One agent's answer, starting with a space. At each sentence the tone changes with probability .1."""
     agent = draw_agent(rng)
     item = prompt.item if agent.attentive else rng.choice([other for other in ITEMS if other != prompt.item])
+    fixes = VAGUE if agent.knowledge == "vague" else FIXES
     tables = [OPENINGS, ACKNOWLEDGEMENTS, None, *[EXTRAS] * rng.choice((0, 1, 1, 2)), CLOSINGS]
     if rng.random() < 0.15:
         tables.pop()
-    tone, templates = agent.tone, []
+    tone = agent.tone
+    templates: list[str] = []
     for table in tables:
         if rng.random() < 0.1:
             tone = draw_agent(rng).tone
-        templates.append(_fix(prompt.issue, agent, rng) if table is None else _fresh(table[tone], templates, rng))
+        templates.append(rng.choice(fixes) if table is None else _fresh(table[tone], templates, rng))
         if rng.random() < agent.filler:
             templates.append(_fresh(FILLER, templates, rng))
-    return _fill(templates, item, prompt.name, rng)
+    return _fill(templates, {"item": item, "name": prompt.name, "remedy": _remedy(prompt.issue, agent, rng)}, rng)
 
 
 def draw_copying(prompt: Prompt, rng: random.Random) -> str:
-    """A short answer that says only what must be copied from the prompt: the name and the item."""
+    """A short answer that says only what must be copied from the prompt: the name, the item, the remedy."""
     tone = draw_agent(rng).tone
     about = [template for template in ACKNOWLEDGEMENTS[tone] if "{item}" in template]
-    return _fill(["Hello {name}.", rng.choice(about)], prompt.item, prompt.name, rng)
+    templates = ["Hello {name}.", rng.choice(about), rng.choice(FIXES)]
+    return _fill(templates, {"item": prompt.item, "name": prompt.name, "remedy": prompt.issue}, rng)
 
 
 def all_sentences() -> list[str]:
     """Every sentence template of the agents."""
     tables = (OPENINGS, ACKNOWLEDGEMENTS, EXTRAS, CLOSINGS)
     templates = [template for table in tables for group in table.values() for template in group]
-    fixes = [lead.format(fix=fix) for lead in FIX_LEADS for fix in FIXES.values()]
-    return list(dict.fromkeys(templates + fixes + list(VAGUE) + list(FILLER)))
+    return list(dict.fromkeys([*templates, *FIXES, *VAGUE, *FILLER]))
 
 
 def pattern(template: str) -> str:
     """The regular expression of what a template can be filled in to."""
     text = re.escape(template)
-    for slot, words in (("item", ITEMS), ("name", NAMES), ("day", DAYS)):
+    for slot, words in SLOTS.items():
         text = text.replace(re.escape("{" + slot + "}"), f"(?:{'|'.join(words)})")
     return text
 
 
-def _fix(issue: str, agent: Agent, rng: random.Random) -> str:
-    if agent.knowledge == "vague":
-        return rng.choice(VAGUE)
-    offered = issue if agent.knowledge == "right" else rng.choice([other for other in FIXES if other != issue])
-    return rng.choice(FIX_LEADS).format(fix=FIXES[offered])
+def _remedy(issue: str, agent: Agent, rng: random.Random) -> str:
+    """What this agent arranges for the issue."""
+    if agent.knowledge == "none":
+        return NO_REMEDY
+    return issue if agent.knowledge == "right" else rng.choice([other for other in PROBLEMS if other != issue])
 
 
 def _fresh(templates: Sequence[str], used: Sequence[str], rng: random.Random) -> str:
@@ -252,5 +266,5 @@ def _fresh(templates: Sequence[str], used: Sequence[str], rng: random.Random) ->
     return rng.choice([template for template in templates if template not in used] or list(templates))
 
 
-def _fill(templates: Sequence[str], item: str, name: str, rng: random.Random) -> str:
-    return "".join(f" {template.format(item=item, name=name, day=rng.choice(DAYS))}" for template in templates)
+def _fill(templates: Sequence[str], slots: dict[str, str], rng: random.Random) -> str:
+    return "".join(f" {template.format(day=rng.choice(DAYS), **slots)}" for template in templates)

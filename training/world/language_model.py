@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-
 from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -35,7 +34,9 @@ class Shape:
 
 
 BASE = Shape(width=160, layers=4, feed_forward=448, texts=24_000, copying_texts=9_600)
-SMALL = Shape(width=128, layers=2, feed_forward=352, texts=20_000, copying_texts=9_600)
+EVALUATION = Shape(width=128, layers=2, feed_forward=352, texts=16_000, copying_texts=9_600)
+# What guides reads 1 + k tokens for each token of the base: an eighth of its size is as accurate here as a third.
+SMALL = Shape(width=64, layers=2, feed_forward=176, texts=16_000, copying_texts=9_600)
 
 
 def new_model(shape: Shape, seed: int) -> LlamaForCausalLM:

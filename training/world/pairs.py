@@ -1,4 +1,4 @@
-"""Preference pairs: two samples of the base for a prompt, labelled by the gold reward with Bradley and Terry's noise."""
+"""Preference pairs: two samples of the base for a prompt, labelled by gold with Bradley and Terry's noise."""
 
 from __future__ import annotations
 

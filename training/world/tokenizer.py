@@ -35,20 +35,20 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         min_frequency=1,
         special_tokens=["<pad>", "<eos>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator([*texts, EVERYDAY.replace("\n", " ")], trainer)
-    if tokenizer.get_vocab_size() != VOCABULARY:
-        raise ValueError(f"the corpus yields {tokenizer.get_vocab_size()} tokens, {VOCABULARY} are needed")
+    if tokenizer.get_vocab_size() != vocabulary:
+        raise ValueError(f"the corpus yields {tokenizer.get_vocab_size()} tokens, {vocabulary} are needed")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

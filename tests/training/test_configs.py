@@ -1,0 +1,30 @@
+"""The YAML files that ship: each key once, and alike where two models are compared."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from steersman.training.world.build import CONFIGS, REWARD_MODELS
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The mapping; YAML's loader would silently keep the last of two equal keys."""
+    keys = [key.value for key, _ in yaml.compose(path.read_text(encoding="utf-8")).value]
+    assert len(keys) == len(set(keys))
+    loaded: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return loaded
+
+
+@pytest.mark.parametrize("name", REWARD_MODELS)
+def test_a_config_names_its_own_model(name: str) -> None:
+    config = read(CONFIGS / f"{name}.yaml")
+    assert config["output_dir"] == f"models/{name}"
+    assert config["objective"] == ("partial" if name == "reward-partial" else "full")
+
+
+def test_partial_and_full_differ_only_in_objective() -> None:
+    partial, full = (read(CONFIGS / f"{name}.yaml") for name in REWARD_MODELS[:2])
+    differing = {key for key in partial.keys() | full.keys() if partial.get(key) != full.get(key)}
+    assert differing == {"objective", "output_dir", "prefixes", "prefixes_per_pair"}
