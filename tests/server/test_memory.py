@@ -12,13 +12,14 @@ import httpx
 import openai
 import pytest
 
+from steersman.guidance.cache import BLOCK_SIZE
 from tests.server.polling import assert_no_block_stays_in_use
 from tests.support.server import Server
 from tests.support.tiny import END
 from tests.support.traffic import Asked, ask, disconnect, gather_limited, random_guidance, random_prompts
 
 REQUESTS = 500
-FEW_BLOCKS = 24
+CACHE_TOKENS = 768
 
 
 def test_half_of_500_requests_hang_up_and_no_block_stays_in_use(server: Server) -> None:
@@ -45,7 +46,7 @@ def test_half_of_500_requests_hang_up_and_no_block_stays_in_use(server: Server) 
 @pytest.fixture(scope="module")
 def tight_server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Its auxiliary cache has room for three or four of the longest requests."""
-    gib = FEW_BLOCKS * 32 * 512 / 2**30
+    gib = CACHE_TOKENS * 512 / 2**30
     flags = ["--served-model-name", "base", "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
     own = [
         "--max-num-seqs",
@@ -79,15 +80,15 @@ def test_a_small_cache_makes_requests_wait_and_never_overflows(tight_server: Ser
         together, alone = asyncio.run(run())
     assert all(len(answer[0].tokens) == asked.max_tokens for answer, asked in zip(together, crowd, strict=True))
     assert [a[0].tokens for a in together[:8]] == [a[0].tokens for a in alone]
-    capacity = _cache_tokens(tight_server) // 32
-    assert 4 * 3 <= capacity <= FEW_BLOCKS
+    capacity = _cache_tokens(tight_server) // BLOCK_SIZE
+    assert 3 * 190 <= capacity * BLOCK_SIZE <= CACHE_TOKENS
     assert capacity / 2 < max(seen["first"]) <= capacity
     assert tight_server.process.poll() is None
     assert_no_block_stays_in_use(tight_server)
 
 
 def test_what_can_never_fit_is_refused_at_once(tight_server: Server) -> None:
-    # A choice of 192 tokens takes six whole blocks.
+    # A choice of 192 tokens takes whole blocks.
     fields: dict[str, Any] = {"model": "base", "prompt": [5] * 100, "max_tokens": 92}
     guidance = {"method": "pargs", "reward_model": "first"}
     fitting = _cache_tokens(tight_server) // 192
