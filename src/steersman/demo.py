@@ -22,8 +22,8 @@ REWARD_MODELS = {"helpful": "reward-partial", "full": "reward-full", "judge": "r
 """Names under which the demo serves its reward models; `judge` is trained apart and steers nothing."""
 
 _START_LIMIT_S = 300
-_GUIDANCE = {"method": "pargs", "reward_model": "helpful", "beta": 3.0, "top_k": 10}
-_SEED = 3
+_GUIDANCE = {"method": "pargs", "reward_model": "helpful", "beta": 2.0, "top_k": 10}
+_PROMPT, _SEED = 7, 1
 
 
 def main(argv: Sequence[str]) -> int:
@@ -125,8 +125,8 @@ def show(url: str, console: Console) -> None:
 
 
 def _demo_prompt() -> str:
-    with (WORLD / "prompts" / "tuning.jsonl").open() as rows:
-        return str(json.loads(next(rows))["prompt"])
+    rows = (WORLD / "prompts" / "tuning.jsonl").read_text(encoding="utf-8").splitlines()
+    return str(json.loads(rows[_PROMPT])["prompt"])
 
 
 def _answer(url: str, prompt: str, guidance: dict[str, Any] | None) -> dict[str, Any]:
