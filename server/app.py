@@ -1,7 +1,7 @@
 """Routes: vLLM's completions and chat completions with guidance, and `GET /v1/guidance`."""
 
 import json
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -25,6 +25,8 @@ from steersman.server.vllm import (
 )
 
 router = APIRouter()
+
+_GuidedRequest = GuidedCompletionRequest | GuidedChatCompletionRequest
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {}}},
@@ -55,9 +57,7 @@ async def create_rewards(request: RewardsRequest, raw_request: Request) -> Any:
 @load_aware_call
 async def create_completion(request: GuidedCompletionRequest, raw_request: Request) -> Any:
     """OpenAI's completions with `guidance`."""
-    _check(request, raw_request)
-    answer = await raw_request.app.state.openai_serving_completion.create_completion(request, raw_request)
-    return _respond(answer, request, raw_request)
+    return await _answer(raw_request.app.state.openai_serving_completion.create_completion, request, raw_request)
 
 
 @router.post("/v1/chat/completions", dependencies=[Depends(validate_json_request)], responses=_RESPONSES)
@@ -65,9 +65,7 @@ async def create_completion(request: GuidedCompletionRequest, raw_request: Reque
 @load_aware_call
 async def create_chat_completion(request: GuidedChatCompletionRequest, raw_request: Request) -> Any:
     """OpenAI's chat completions with `guidance`."""
-    _check(request, raw_request)
-    answer = await raw_request.app.state.openai_serving_chat.create_chat_completion(request, raw_request)
-    return _respond(answer, request, raw_request)
+    return await _answer(raw_request.app.state.openai_serving_chat.create_chat_completion, request, raw_request)
 
 
 def attach_routes(app: FastAPI) -> None:
@@ -102,19 +100,31 @@ def _engine(raw_request: Request) -> GuidedEngine:
     return raw_request.app.state.engine_client
 
 
-def _check(request: GuidedCompletionRequest | GuidedChatCompletionRequest, raw_request: Request) -> None:
+async def _answer(create: Callable[..., Awaitable[Any]], request: _GuidedRequest, raw_request: Request) -> Any:
+    engine = _engine(raw_request)
     if request.parsed_guidance is not None:
         try:
-            _engine(raw_request).registry.check(request.parsed_guidance)
+            engine.registry.check(request.parsed_guidance)
         except GuidanceError as error:
             reject(error)
+    try:
+        answer = await create(request, raw_request)
+    except BaseException:
+        # The client has gone, or one of several choices failed: nobody will ask for the others' reports.
+        _drop_reports(engine, request.guidance_keys)
+        raise
+    return _respond(answer, request, raw_request)
 
 
-def _respond(answer: Any, request: GuidedCompletionRequest | GuidedChatCompletionRequest, raw_request: Request) -> Any:
+def _drop_reports(engine: GuidedEngine, keys: list[str]) -> None:
+    for key in keys:
+        engine.take_reports(key)
+
+
+def _respond(answer: Any, request: _GuidedRequest, raw_request: Request) -> Any:
     engine, keys, n = _engine(raw_request), request.guidance_keys, request.n or 1
     if isinstance(answer, ErrorResponse):
-        for key in keys:
-            engine.take_reports(key)
+        _drop_reports(engine, keys)
         return JSONResponse(answer.model_dump(), status_code=answer.error.code)
     if isinstance(answer, CompletionResponse | ChatCompletionResponse):
         body = answer.model_dump()
@@ -137,8 +147,7 @@ async def _with_reports(
             yield _add_report(event, engine, keys, n) if '"finish_reason":"' in event else event
     finally:
         await events.aclose()
-        for key in keys:
-            engine.take_reports(key)
+        _drop_reports(engine, keys)
 
 
 def _add_report(event: str, engine: GuidedEngine, keys: list[str], n: int) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from tests.support.server import _free_port
+from tests.support.server import free_port
 
 
 def _run(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -23,7 +23,7 @@ def _run(*arguments: str, environment: dict[str, str] | None = None) -> subproce
 
 
 def test_the_demo_shows_both_answers_with_their_rewards_and_stops() -> None:
-    done = _run("demo", "--port", str(_free_port()), environment={"ONCE": "1"})
+    done = _run("demo", "--port", str(free_port()), environment={"ONCE": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     for row in ("gold reward", "reward model that steers", "independent reward model"):
         plain, steered = _numbers(done.stdout, row)

@@ -28,7 +28,7 @@ class Server:
     def __init__(self, log: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
         self.log = log
         self.flags = flags
-        self.port = _free_port()
+        self.port = free_port()
         self.environment = {**test_environment(), **(environment or {})}
 
     @property
@@ -118,7 +118,7 @@ def test_environment() -> dict[str, str]:
 test_environment.__test__ = False  # type: ignore[attr-defined]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
