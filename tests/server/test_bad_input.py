@@ -66,7 +66,7 @@ BAD = {
     "model and terms": _field("guidance", "either reward_model or rewards", rewards=[{"model": "first"}]),
     "neither model nor terms": Bad({"guidance": {"method": "args"}}, "guidance", ("either reward_model or rewards",)),
     "no terms": _terms("guidance.rewards", "at least 1", terms=[]),
-    "terms are an object": _terms("guidance.rewards", "tuple", terms={"model": "first"}),
+    "terms are an object": _terms("guidance.rewards", "valid list", terms={"model": "first"}),
     "too many terms": _terms("guidance.rewards", "at most 8", terms=[{"model": f"m{n}"} for n in range(9)]),
     "a model twice": _terms("guidance", "twice", "weights", terms=[{"model": "first"}, {"model": "first"}]),
     "term without a model": _terms("guidance.rewards.1.model", "required", terms=[{"model": "first"}, {"weight": 1}]),
