@@ -65,7 +65,7 @@ def assert_batched_equals_single(
     together = step(runtime, logits, prompts, guidances)
     for n, (prompt, guidance) in enumerate(zip(prompts, guidances, strict=True)):
         alone = step(runtime, logits[n : n + 1], [prompt], [guidance])
-        torch.testing.assert_close(together[n : n + 1], alone, rtol=0, atol=2e-5)
+        _assert_close(together[n : n + 1], alone)
 
 
 def assert_equals_reference(
@@ -80,4 +80,10 @@ def assert_equals_reference(
     for n, (prompt, guidance) in enumerate(zip(prompts, guidances, strict=True)):
         if guidance is not None:
             expected = reference(logits[n], prompt, guidance)
-            torch.testing.assert_close(guided[n].double().log_softmax(-1), expected, rtol=0, atol=5e-5)
+            _assert_close(guided[n].double().log_softmax(-1), expected)
+
+
+def _assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal up to float32's rounding in sums of a few hundred terms, which grows with the largest of them."""
+    largest = float(expected[expected.isfinite()].abs().max())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * max(1.0, largest))
