@@ -12,13 +12,25 @@ from typing import Any
 from openai import AsyncOpenAI, OpenAI
 from openai._compat import cached_property
 
-from steersman.clients.methods import GuidanceLike, args, pargs
-from steersman.clients.reports import GuidanceReport, LoadedModel, ServerGuidance, guidance_of
+from steersman.clients.methods import (
+    GuidanceLike,
+    args,
+    best_of_n,
+    blockwise,
+    kl_threshold,
+    length_control,
+    mixed,
+    pargs,
+    product,
+)
+from steersman.clients.reports import Candidate, GuidanceReport, LoadedModel, ServerGuidance, TracedToken, guidance_of
 from steersman.clients.resources import AsyncGuidedChat, AsyncGuidedCompletions, GuidedChat, GuidedCompletions
-from steersman.guidance.request import GuidanceError, Reward, RewardGuidance
+from steersman.guidance.request import Gate, GuidanceError, Reward, RewardGuidance
 
 __all__ = [
     "AsyncSteersman",
+    "Candidate",
+    "Gate",
     "GuidanceError",
     "GuidanceLike",
     "GuidanceReport",
@@ -27,9 +39,16 @@ __all__ = [
     "RewardGuidance",
     "ServerGuidance",
     "Steersman",
+    "TracedToken",
     "args",
+    "best_of_n",
+    "blockwise",
     "guidance_of",
+    "kl_threshold",
+    "length_control",
+    "mixed",
     "pargs",
+    "product",
 ]
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"

@@ -10,6 +10,32 @@ class _Answer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
 
+class Candidate(_Answer):
+    """One candidate of a traced token."""
+
+    token_id: int
+    token: str
+    logprob: float
+    """log π₀."""
+    reward: float | None
+    """Σ w T(r) of the reward terms; None where there are none."""
+    score: float
+    """log π."""
+
+
+class TracedToken(_Answer):
+    """One token of a traced answer."""
+
+    token_id: int
+    token: str
+    candidates: tuple[Candidate, ...]
+    """Best first; empty where the base model decoded alone."""
+    kl: float
+    """log π − log π₀ of the token, nats."""
+    source: str
+    """What was sampled from: base, a policy's name, mixture, or guided."""
+
+
 class GuidanceReport(_Answer):
     """What guidance did to one choice."""
 
@@ -25,7 +51,15 @@ class GuidanceReport(_Answer):
     reward_model_tokens: int
     """Tokens that reward models read for this choice."""
     policy_tokens: int
-    """Tokens that other policies read for this choice."""
+    """Tokens that policies read for this choice."""
+    saved_reward_model_tokens: int = 0
+    """Tokens that closed gates spared the reward models."""
+    saved_policy_tokens: int = 0
+    """Tokens that closed gates spared the policies."""
+    kl_spent: float | None = None
+    """Σ KL(π‖π₀) over positions, nats, where there is a budget."""
+    trace: tuple[TracedToken, ...] | tuple[dict[str, Any], ...] | None = None
+    """One object a token; of a choice among samples, one a block."""
 
 
 class LoadedModel(_Answer):

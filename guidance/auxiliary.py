@@ -1,7 +1,9 @@
 """One causal auxiliary model: load it, prove that its cached forward is right, and run packed prefills and steps."""
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,56 @@ _PREFILL_TOKENS = 4096
 """Padded tokens a prefill forward reads at most: bounds its activations."""
 
 
+_Layout = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]
+
+
 class ModelRefused(ValueError):
     """An auxiliary model that would not be served correctly; the message says why and what would help."""
 
 
-class CausalModel:
-    """A Hugging Face causal model over a paged cache. `head` maps hidden states [..., D] to outputs [..., C]."""
+class Unscorable(RuntimeError):
+    """One row that an auxiliary model cannot read; its neighbours can be."""
 
-    def __init__(self, model: torch.nn.Module, name: str, cache_bytes: int, max_rows: int) -> None:
-        self.name = name
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A request's tokens so far. `key` identifies its cache."""
+
+    key: Hashable
+    prompt: Sequence[int]
+    output: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def last(self) -> int:
+        """The last token."""
+        return self.output[-1] if self.output else self.prompt[-1]
+
+    def tokens(self) -> list[int]:
+        """All tokens, as a new list."""
+        return [*self.prompt, *self.output]
+
+
+class CausalModel:
+    """A Hugging Face causal model over a paged cache. `head` maps hidden states [..., D] to outputs [..., C].
+
+    label: how errors name the model, for example "reward model 'helpful'".
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        label: str,
+        cache_bytes: int,
+        max_rows: int,
+        head: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        self.label = label
         self.model = model.eval().requires_grad_(False)
         self.body: torch.nn.Module = model.base_model
-        self.head = find_head(model)
+        self.head = head
         self.window = find_window(model.config)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -35,12 +75,28 @@ class CausalModel:
         scratch = min(max_rows, blocks // 4)
         if scratch < 1:
             raise ModelRefused(
-                f"reward model {name!r}: a cache of {cache_bytes / 2**20:.2f} MiB is too small at "
+                f"{label}: a cache of {cache_bytes / 2**20:.2f} MiB is too small at "
                 f"{self.bytes_per_token} bytes a token; give it more with --guidance-cache"
             )
         self.cache = PagedCache(layers, blocks - scratch, scratch, self.dtype, self.device)
         self._sequences: dict[Hashable, CachedSequence] = {}
-        self._layouts: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._layouts: dict[tuple[int, int, int], _Layout] = {}
+
+    def catch_up(self, prefixes: Sequence[Prefix]) -> list[int]:
+        """Brings the cache of every prefix up to all but its last token; returns the tokens read for each.
+
+        Raises Unscorable where a single prefix finds no room, CacheFull where one of several does.
+        """
+        read = [0] * len(prefixes)
+        behind = [g for g, p in enumerate(prefixes) if not self.covers(p.key, len(p) - 1)]
+        if behind:
+            done = self.prefill([(prefixes[g].key, prefixes[g].tokens()[:-1]) for g in behind])
+            for g in behind:
+                result = done[prefixes[g].key]
+                if isinstance(result, CacheFull):
+                    raise Unscorable(f"{self.label}: {result}") if len(prefixes) == 1 else result
+                read[g] = result
+        return read
 
     def prefill(self, wanted: Sequence[tuple[Hashable, Sequence[int]]]) -> dict[Hashable, int | CacheFull]:
         """Brings each key's cache up to all of its tokens, reading only what no request has cached before.
@@ -93,13 +149,14 @@ class CausalModel:
 
         tokens: [G, 1 + k · branches] int64; column 0 is the last token of a sequence of `lengths[g]` tokens whose
         others are cached; the k candidates follow, and with branches = 2 the k tokens that follow each of them.
-        Returns the head's outputs [G, k, C] float32 at the end of each branch. Raises CacheFull.
+        Returns the head's outputs [G, k, C] float32 at the end of each branch; with branches = 0 those at the last
+        token, [G, 1, C]. Raises CacheFull.
         """
         sequences = [self._sequences[key] for key in keys]
         for sequence, length in zip(sequences, lengths, strict=True):
             self.cache.extend(sequence, length)
         scratch = -(-(tokens.shape[1] - 1) // BLOCK_SIZE)
-        at_once = max(1, len(self.cache.scratch) // scratch)
+        at_once = max(1, len(self.cache.scratch) // scratch) if scratch else len(keys)
         parts = [
             self._step(sequences[n : n + at_once], lengths[n : n + at_once], tokens[n : n + at_once], branches, scratch)
             for n in range(0, len(keys), at_once)
@@ -117,14 +174,13 @@ class CausalModel:
         scratch: int,
     ) -> torch.Tensor:
         rows, fed = tokens.shape
-        k = (fed - 1) // branches
+        k = (fed - 1) // branches if branches else 0
         ahead, seen, own_blocks, own_offsets = self._candidate_layout(k, branches, scratch)
         width = -(-max(lengths) // BLOCK_SIZE)
         table, last_block = [], []
         for n, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
-            first = self.cache.scratch[n * scratch]
             padded = (sequence.blocks + [self.cache.padding] * width)[:width]
-            table.append([*padded, *range(first, first + scratch)])
+            table.append([*padded, *self.cache.scratch[n * scratch : (n + 1) * scratch]])
             last_block.append(sequence.blocks[(length - 1) // BLOCK_SIZE])
         tables = torch.tensor(table, device=self.device)
         place = torch.tensor([lengths, last_block], device=self.device).unsqueeze(-1)
@@ -135,27 +191,30 @@ class CausalModel:
             positions=length - 1 + ahead,
             visible=length.expand(rows, fed),
             written=None,
-            destinations=(
-                torch.cat((block, tables[:, width : width + 1] + own_blocks), dim=1),
-                torch.cat(((length - 1) % BLOCK_SIZE, own_offsets.expand(rows, -1)), dim=1),
-            ),
+            destinations=(block, (length - 1) % BLOCK_SIZE),
             branches=seen,
         )
+        if branches:
+            block, offset = batch.destinations
+            batch.destinations = (
+                torch.cat((block, tables[:, width : width + 1] + own_blocks), dim=1),
+                torch.cat((offset, own_offsets.expand(rows, -1)), dim=1),
+            )
         hidden = self._forward(tokens, batch)
-        return self.head(hidden[:, fed - k :]).float()
+        return self.head(hidden[:, fed - max(k, 1) :]).float()
 
-    def _candidate_layout(
-        self, k: int, branches: int, scratch: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _candidate_layout(self, k: int, branches: int, scratch: int) -> _Layout:
         """What is the same in every step: positions ahead of the last token [T], scratch columns seen
-        [T, scratch · BLOCK_SIZE], and each branch token's scratch block and offset [T - 1]."""
+        [T, scratch · BLOCK_SIZE] or None without scratch, and each branch token's scratch block and offset [T - 1]."""
         key = (k, branches, scratch)
         if key not in self._layouts:
             column = torch.arange(k * branches, device=self.device)
-            seen = torch.zeros(1 + k * branches, scratch * BLOCK_SIZE, dtype=torch.bool, device=self.device)
-            seen[1 + column, column] = True
-            seen[1 + column, column % k] = True
-            ahead = torch.cat((column.new_zeros(1), 1 + column // k))
+            seen = None
+            if scratch:
+                seen = torch.zeros(1 + k * branches, scratch * BLOCK_SIZE, dtype=torch.bool, device=self.device)
+                seen[1 + column, column] = True
+                seen[1 + column, column % k] = True
+            ahead = torch.cat((column.new_zeros(1), 1 + column // max(k, 1)))
             self._layouts[key] = (ahead, seen, column // BLOCK_SIZE, column % BLOCK_SIZE)
         return self._layouts[key]
 
@@ -186,6 +245,16 @@ class CausalModel:
         elif tokens is not None:
             self.cache.register(sequence, tokens)
         self.cache.release(sequence)
+
+    def describe(self) -> dict[str, Any]:
+        """The model's window and its cache's size and use."""
+        return {
+            "window": self.window,
+            "cache_blocks": self.cache.num_blocks,
+            "cache_blocks_in_use": self.cache.blocks_in_use,
+            "block_size": BLOCK_SIZE,
+            "bytes_per_token": self.bytes_per_token,
+        }
 
     def _read(self, rows: list[tuple[CachedSequence, Sequence[int]]]) -> torch.Tensor:
         news = [list(tokens[sequence.length :]) for sequence, tokens in rows]
@@ -242,7 +311,7 @@ class CausalModel:
 
     def _refusal(self) -> str:
         kind = getattr(self.model.config, "model_type", "unknown")
-        return f"reward model {self.name!r} (architecture {kind}) cannot be scored token by token:"
+        return f"{self.label} (architecture {kind}) cannot be read token by token:"
 
 
 def _split(batch: list[Any], budget: int) -> list[list[Any]]:
@@ -279,29 +348,31 @@ def find_window(config: Any) -> int:
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=2**31)
 
 
-def verify(causal: CausalModel, evaluate: Callable[[torch.Tensor], torch.Tensor], vocabulary: int) -> None:
-    """Compares cached candidate outputs with plain full forwards; raises ModelRefused where they differ.
+def verify(
+    causal: CausalModel, evaluate: Callable[[torch.Tensor], torch.Tensor], vocabulary: int, candidates: int
+) -> None:
+    """Compares cached outputs with plain full forwards; raises ModelRefused where they differ.
 
     evaluate: full forward of the unchanged model, ids [1, n] → outputs [C] at the last token.
+    candidates: how many branch off each sequence, 0 to compare at the sequence's own last token.
     """
     generator = torch.Generator().manual_seed(0)
     config = causal.model.config.get_text_config()
     local = [getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_window")]
     reach = max((w for w in local if isinstance(w, int) and w <= 512), default=8)
     lengths = [min(reach + 9, causal.window - 2), 5]
-    k = 3
     sequences = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in lengths]
-    candidates = torch.randint(vocabulary, (2, k), generator=generator).to(causal.device)
-    keys = ["probe-0", "probe-1"]
-    causal.prefill([(key, s[:-1]) for key, s in zip(keys, sequences, strict=True)])
+    branches = torch.randint(vocabulary, (2, candidates), generator=generator).to(causal.device)
+    prefixes = [Prefix(f"probe-{n}", sequence, []) for n, sequence in enumerate(sequences)]
+    causal.catch_up(prefixes)
     last = torch.tensor([[s[-1]] for s in sequences], device=causal.device)
-    cached = causal.step(keys, lengths, torch.cat((last, candidates), dim=1), branches=1)
-    for key in keys:
-        causal.release(key)
+    cached = causal.step([p.key for p in prefixes], lengths, torch.cat((last, branches), dim=1), int(candidates > 0))
+    for prefix in prefixes:
+        causal.release(prefix.key)
     full = torch.stack(
         [
-            torch.stack([evaluate(torch.tensor([[*s, v]])) for v in row])
-            for s, row in zip(sequences, candidates.tolist(), strict=True)
+            torch.stack([evaluate(torch.tensor([[*s, *suffix]])) for suffix in [[v] for v in row] or [[]]])
+            for s, row in zip(sequences, branches.tolist(), strict=True)
         ]
     ).to(cached.device)
     error = (cached - full).abs().max().item()
@@ -309,21 +380,36 @@ def verify(causal: CausalModel, evaluate: Callable[[torch.Tensor], torch.Tensor]
     allowed = scale * (1e-3 if causal.dtype == torch.float32 else 4e-2)
     if not math.isfinite(error) or error > allowed:
         raise ModelRefused(
-            f"{causal._refusal()} cached rewards differ from plain forwards by {error:.2g} (allowed {allowed:.2g})"
+            f"{causal._refusal()} cached outputs differ from plain forwards by {error:.2g} (allowed {allowed:.2g})"
         )
 
 
-def require_safetensors(path: str | Path, name: str) -> None:
+@contextmanager
+def eager_attention(model: Any) -> Iterator[None]:
+    """The eager implementation is a model's definition: others leave out what they cannot do (capped scores)."""
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)
+
+
+def require_safetensors(path: str | Path, label: str, config: str = "config.json") -> None:
     """Refuses a local checkpoint folder that has no safetensors file."""
     folder = Path(path)
     if not folder.exists():
         if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
-            raise ModelRefused(f"reward model {name!r}: {path} does not exist")
+            raise ModelRefused(f"{label}: {path} does not exist")
         return
-    if not folder.is_dir() or not (folder / "config.json").is_file():
-        raise ModelRefused(f"reward model {name!r}: {path} is not a checkpoint folder (config.json is missing)")
+    if not folder.is_dir() or not (folder / config).is_file():
+        raise ModelRefused(f"{label}: {path} is not a checkpoint folder ({config} is missing)")
     if not any(folder.glob("*.safetensors")):
         raise ModelRefused(
-            f"reward model {name!r}: {path} holds no *.safetensors file; other formats can run code when they are "
+            f"{label}: {path} holds no *.safetensors file; other formats can run code when they are "
             "loaded. Save it again with save_pretrained(safe_serialization=True)"
         )
+
+
+def first_line(error: Exception) -> str:
+    """The start of an error's message, for a sentence of ours."""
+    return str(error).strip().split("\n")[0][:300]

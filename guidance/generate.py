@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from steersman.guidance.plan import compile_plan
+from steersman.guidance.plan import Plan, compile_plan
+from steersman.guidance.policies import load_policy
 from steersman.guidance.report import Report
-from steersman.guidance.request import GuidanceError, parse_guidance
+from steersman.guidance.request import BestOfN, Blockwise, GuidanceError, parse_guidance, policies, reward_models
 from steersman.guidance.rewards import load_reward_model
-from steersman.guidance.runtime import GuidanceRuntime, Row
+from steersman.guidance.rows import Row
+from steersman.guidance.runtime import GuidanceRuntime
 
 _calls = count()
 
@@ -19,17 +21,26 @@ _calls = count()
 def load_runtime(
     base_tokenizer: PreTrainedTokenizerBase,
     reward_models: Mapping[str, str],
+    policies: Mapping[str, str] | None = None,
     *,
+    base_path: str = "",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     cache_bytes: int = 256 * 2**20,
 ) -> GuidanceRuntime:
-    """A runtime with the named checkpoints; `cache_bytes` bounds the key-value cache of each."""
-    models = {
-        name: load_reward_model(name, path, base_tokenizer, dtype=dtype, device=device, cache_bytes=cache_bytes)
-        for name, path in reward_models.items()
-    }
-    return GuidanceRuntime(models, base_tokenizer.eos_token_id)
+    """A runtime with the named checkpoints; `cache_bytes` bounds the key-value cache of each.
+
+    base_path: the base model's checkpoint, needed for policies that are adapters over it.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "cache_bytes": cache_bytes}
+    return GuidanceRuntime(
+        {name: load_reward_model(name, path, base_tokenizer, **options) for name, path in reward_models.items()},
+        base_tokenizer.eos_token_id,
+        {
+            name: load_policy(name, path, base_path, base_tokenizer, **options)
+            for name, path in (policies or {}).items()
+        },
+    )
 
 
 class GuidanceLogitsProcessor(LogitsProcessor):
@@ -37,6 +48,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
 
     guidance: one guidance object for the whole batch, or one (or None) for each prompt.
     attention_mask: that of the prompts, [prompts, length]; needed when they are padded.
+    seed: of the Monte Carlo estimates; every row has its own from it.
 
         processor = GuidanceLogitsProcessor(runtime, {"method": "pargs", "reward_model": "helpful"}, mask)
         sequences = model.generate(ids, attention_mask=mask, logits_processor=[processor])
@@ -48,16 +60,13 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         runtime: GuidanceRuntime,
         guidance: Mapping[str, Any] | Sequence[Mapping[str, Any] | None],
         attention_mask: torch.Tensor | None = None,
+        seed: int = 0,
     ) -> None:
         self.runtime = runtime
         self.attention_mask = attention_mask
+        self.seed = seed
         objects = [guidance] if isinstance(guidance, Mapping) else list(guidance)
-        self._plans = [None if g is None else compile_plan(parse_guidance(dict(g))) for g in objects]
-        for plan in self._plans:
-            for term in () if plan is None else plan.rewards:
-                if term.model not in runtime.reward_models:
-                    known = ", ".join(sorted(runtime.reward_models)) or "none"
-                    raise GuidanceError("guidance", f"no reward model {term.model!r} is loaded; loaded are: {known}")
+        self._plans = [None if g is None else _plan(runtime, g) for g in objects]
         self._call = next(_calls)
         self._rows: list[Row | None] | None = None
         self._prompt_length = 0
@@ -77,7 +86,8 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             if row.output != output[: len(row.output)]:
                 raise ValueError("guidance follows one sequence a row: beam search is not supported, use do_sample")
             row.output = output
-            if not output or output[-1] != self.runtime.eos_token_id:
+            # A finished row goes on in the batch with padding.
+            if self.runtime.eos_token_id not in output:
                 live.append(row)
         if live:
             self.runtime.step(logits, live)
@@ -109,13 +119,27 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             zip(plans, _spread(masks, len(tokens), "rows of attention_mask"), tokens, strict=True)
         ):
             prompt = sequence if mask is None else [t for t, kept in zip(sequence, mask, strict=True) if kept]
-            request = None if plan is None else self.runtime.start((self._call, n), plan, len(prompt))
+            request = None if plan is None else self.runtime.start((self._call, n), plan, len(prompt), self.seed + n)
             self._rows.append(None if request is None else Row(n, request, prompt, []))
 
     def _response(self, sequence: list[int]) -> list[int]:
         response = sequence[self._prompt_length :]
         end = self.runtime.eos_token_id
         return response[: response.index(end) + 1] if end in response else response
+
+
+def _plan(runtime: GuidanceRuntime, value: Mapping[str, Any]) -> Plan:
+    guidance = parse_guidance(dict(value))
+    if isinstance(guidance, BestOfN | Blockwise):
+        raise GuidanceError("guidance.method", f"{guidance.method} works on whole samples: it needs the server")
+    for what, named, loaded in (
+        ("reward model", reward_models(guidance), sorted(runtime.reward_models)),
+        ("policy", policies(guidance), sorted(runtime.policies)),
+    ):
+        for field, name in named:
+            if name not in loaded:
+                raise GuidanceError(field, f"no {what} {name!r} is loaded; loaded are: {', '.join(loaded) or 'none'}")
+    return compile_plan(guidance)
 
 
 def _spread(values: list[Any], rows: int, what: str) -> list[Any]:

@@ -1,14 +1,26 @@
 """The papers' decoding algorithms, slow and obvious: no cache, one full forward per candidate, float64.
 
-The oracle that the runtime and its adapters are tested against; nothing is ever served through it.
+The oracle that the runtime and its adapters are tested against; nothing is ever served through it. It reads requests
+as they are written, not as the runtime compiles them.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from steersman.guidance.plan import Plan, RewardTerm, Transform
+from steersman.guidance.request import (
+    BASE,
+    Gate,
+    KLThresholdGuidance,
+    LengthControlGuidance,
+    MixedGuidance,
+    ProductGuidance,
+    Reward,
+    RewardGuidance,
+    SteeredGuidance,
+)
 
 Logits = Callable[[Sequence[int]], torch.Tensor]
 """Tokens → next-token logits [V]."""
@@ -17,16 +29,33 @@ Rewards = Callable[[list[list[int]]], torch.Tensor]
 
 
 @dataclass(frozen=True)
+class ReferenceModels:
+    """Everything that is asked."""
+
+    base: Logits
+    end_token: int
+    rewards: Mapping[str, Rewards] = field(default_factory=dict)
+    policies: Mapping[str, Logits] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ReferenceStep:
     """One position: the distribution and what it was made of, float64."""
 
-    candidates: list[int]
     logprobs: torch.Tensor
     """[V] guided log-probabilities log π; -inf outside of the support."""
     base_logprobs: torch.Tensor
     """[V] log π₀."""
-    rewards: dict[str, torch.Tensor]
+    guided: bool = False
+    """Whether anything but π₀ was applied."""
+    candidates: list[int] = field(default_factory=list)
+    """The support, where it is not the whole vocabulary."""
+    rewards: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Reward model → reward of each candidate."""
+    ends_at: float | None = None
+    """Nats charged where this is the step that the budget ends at; otherwise the step's KL is."""
+    doubt: float = math.inf
+    """Distance of a gate's quantity from its threshold: below float32's precision the decision is arbitrary."""
 
     @property
     def margin(self) -> float:
@@ -34,48 +63,178 @@ class ReferenceStep:
         best = self.logprobs.topk(2).values
         return float(best[0] - best[1])
 
+    @property
+    def kl(self) -> float:
+        """KL(π‖π₀) in nats."""
+        return _kl(self.logprobs, self.base_logprobs)
+
+    @property
+    def spent(self) -> float:
+        """Nats of the budget."""
+        return self.ends_at if self.ends_at is not None else self.kl
+
 
 def reference_step(
-    tokens: Sequence[int], plan: Plan, base: Logits, rewards: dict[str, Rewards], end_token: int
+    tokens: Sequence[int],
+    guidance: SteeredGuidance,
+    models: ReferenceModels,
+    position: int = 0,
+    spent: float = 0.0,
 ) -> ReferenceStep:
-    """PARGS, Algorithm 1: V_k = the k most likely tokens of π₀; log π(v) = log π₀(v) + β Σ w T(r(s·v)) on V_k."""
-    base_logprobs = base(tokens).double().log_softmax(-1)
-    candidates = base_logprobs.topk(min(plan.top_k, len(base_logprobs))).indices.tolist()
-    suffix = [end_token] if plan.end_token else []
-    texts = [[*tokens, candidate, *suffix] for candidate in candidates]
-    raw = {term.model: rewards[term.model](texts).double() for term in plan.rewards}
-    scores = base_logprobs[candidates]
-    for term in plan.rewards:
-        scores = scores + plan.beta * term.weight * transform(raw[term.model], term)
-    logprobs = torch.full_like(base_logprobs, -torch.inf)
-    logprobs[candidates] = scores.log_softmax(-1)
-    return ReferenceStep(candidates, logprobs, base_logprobs, raw)
+    """One position of an answer that has `position` tokens already and has spent so many nats of its budget."""
+    base = models.base(tokens).double().log_softmax(-1)
+    closed = ReferenceStep(base, base)
+    left = math.inf if guidance.kl_budget is None else guidance.kl_budget - spent
+    if left <= 1e-6:
+        return closed
+    is_open, doubt = _gate(guidance, tokens, base, models, position)
+    if is_open:
+        step = _apply(guidance, tokens, base, models)
+    elif isinstance(guidance, KLThresholdGuidance) and guidance.mix != 0:
+        policy = models.policies[guidance.policy](tokens).double().log_softmax(-1)
+        step = ReferenceStep(mix(base, policy, guidance.mix), base, True)
+    else:
+        step = closed
+    if step.guided and step.kl > left:
+        step = _weaken(step, left)
+    return replace(step, doubt=doubt)
 
 
-def transform(reward: torch.Tensor, term: RewardTerm) -> torch.Tensor:
-    """T(r): affine, or log σ(r − reference) of Transforming and Combining Rewards."""
-    value = term.scale * reward + term.shift
-    return torch.nn.functional.logsigmoid(value) if term.transform is Transform.LOG_SIGMOID else value
+def mix(base: torch.Tensor, policy: torch.Tensor, a: float) -> torch.Tensor:
+    """π_mix = softmax(a log(π_dpo / π_ref) + log π_ref) (Shallow Preference Signals, §3.3.1)."""
+    return _masked(base, a * (policy - base) + base)
+
+
+def transform(reward: torch.Tensor, term: Reward) -> torch.Tensor:
+    """T(r): the reward, affine, or log σ(r − reference) of Transforming and Combining Rewards."""
+    if term.transform == "log_sigmoid":
+        return torch.nn.functional.logsigmoid(reward - term.reference)
+    return term.scale * reward + term.shift if term.transform == "affine" else reward
 
 
 def reference_greedy(
-    prompt: Sequence[int],
-    plan: Plan,
-    base: Logits,
-    rewards: dict[str, Rewards],
-    end_token: int,
-    max_tokens: int,
+    prompt: Sequence[int], guidance: SteeredGuidance, models: ReferenceModels, max_tokens: int
 ) -> tuple[list[int], list[ReferenceStep]]:
-    """PARGS-G: the best candidate at every position, until the end token or `max_tokens`."""
+    """The best candidate at every position, until the end token or `max_tokens`."""
     response: list[int] = []
     steps: list[ReferenceStep] = []
-    while len(response) < max_tokens and (not response or response[-1] != end_token):
-        step = reference_step([*prompt, *response], plan, base, rewards, end_token)
-        steps.append(step)
-        response.append(int(step.logprobs.argmax()))
+    while len(response) < max_tokens and (not response or response[-1] != models.end_token):
+        spent = sum(step.spent for step in steps)
+        steps.append(reference_step([*prompt, *response], guidance, models, len(response), spent))
+        response.append(int(steps[-1].logprobs.argmax()))
     return response, steps
+
+
+def reference_replay(
+    prompt: Sequence[int], response: Sequence[int], guidance: SteeredGuidance, models: ReferenceModels
+) -> list[ReferenceStep]:
+    """The steps of an answer that somebody else chose."""
+    steps: list[ReferenceStep] = []
+    for n in range(len(response)):
+        spent = sum(step.spent for step in steps)
+        steps.append(reference_step([*prompt, *response[:n]], guidance, models, n, spent))
+    return steps
 
 
 def reference_kl(steps: Sequence[ReferenceStep], response: Sequence[int]) -> float:
     """Σ log π − log π₀ of the chosen tokens, nats."""
     return float(sum(s.logprobs[v] - s.base_logprobs[v] for s, v in zip(steps, response, strict=True)))
+
+
+def _apply(
+    guidance: SteeredGuidance, tokens: Sequence[int], base: torch.Tensor, models: ReferenceModels
+) -> ReferenceStep:
+    def policy(name: str) -> torch.Tensor:
+        return base if name == BASE else models.policies[name](tokens).double().log_softmax(-1)
+
+    if isinstance(guidance, RewardGuidance):
+        over = base
+        if guidance.policies is not None:
+            over = sum(c * policy(name) for name, c in guidance.policies.items() if c)
+        return _rerank(guidance, tokens, base, over, models)
+    if isinstance(guidance, MixedGuidance):
+        return ReferenceStep(mix(base, policy(guidance.policy), guidance.mix), base, guidance.mix != 0)
+    if isinstance(guidance, ProductGuidance):
+        total = sum(c * policy(name) for name, c in guidance.policies.items() if c)
+        alone = all(c == (name == BASE) for name, c in guidance.policies.items())
+        return ReferenceStep(_masked(base, total), base, not alone)
+    return ReferenceStep(_masked(base, policy(guidance.policy)), base, True)
+
+
+def _rerank(
+    guidance: RewardGuidance,
+    tokens: Sequence[int],
+    base: torch.Tensor,
+    over: torch.Tensor,
+    models: ReferenceModels,
+) -> ReferenceStep:
+    """PARGS, Algorithm 1: V_k = the k most likely tokens of π₀; log π(v) = log π₀(v) + β Σ w T(r(s·v)) on V_k."""
+    candidates = base.topk(min(guidance.top_k, len(base))).indices.tolist()
+    suffix = [models.end_token] if guidance.end_token else []
+    texts = [[*tokens, candidate, *suffix] for candidate in candidates]
+    raw = {term.model: models.rewards[term.model](texts).double() for term in guidance.terms}
+    scores = over[candidates]
+    for term in guidance.terms:
+        scores = scores + guidance.beta * term.weight * transform(raw[term.model], term)
+    logprobs = torch.full_like(base, -torch.inf)
+    logprobs[candidates] = scores.masked_fill(base[candidates].isneginf(), -torch.inf).log_softmax(-1)
+    return ReferenceStep(logprobs, base, True, candidates, raw)
+
+
+def _gate(
+    guidance: SteeredGuidance, tokens: Sequence[int], base: torch.Tensor, models: ReferenceModels, position: int
+) -> tuple[bool, float]:
+    """Whether the gate is open, and how close the decision was. The KL is exact, whatever estimator was asked for."""
+
+    def kl(name: str) -> float:
+        return _kl(_masked(base, models.policies[name](tokens).double()), base)
+
+    if isinstance(guidance, LengthControlGuidance):
+        return position < guidance.length, math.inf
+    if isinstance(guidance, KLThresholdGuidance):
+        return _above(kl(guidance.policy), guidance.threshold)
+    gate: Gate | None = guidance.gate
+    if gate is None:
+        return True, math.inf
+    decisions = []
+    if gate.first_tokens is not None:
+        decisions.append((position < gate.first_tokens, math.inf))
+    if gate.entropy_above is not None:
+        decisions.append(_above(-float((base.exp() * base.masked_fill(base.isneginf(), 0)).sum()), gate.entropy_above))
+    if gate.kl_above is not None:
+        named = list(getattr(guidance, "policies", None) or [getattr(guidance, "policy", "")])
+        name = gate.policy or next(name for name in named if name != BASE)
+        decisions.append(_above(kl(name), gate.kl_above))
+    return all(is_open for is_open, _ in decisions), min(doubt for _, doubt in decisions)
+
+
+def _above(value: float, threshold: float) -> tuple[bool, float]:
+    return value > threshold, abs(value - threshold)
+
+
+def _weaken(step: ReferenceStep, left: float) -> ReferenceStep:
+    """The strongest of π₀^(1−s) π^s on the support that costs at most `left` nats; π₀ if none does."""
+    support = step.logprobs > -torch.inf
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        at = _between(step, support, middle)
+        low, high = (middle, high) if _kl(at, step.base_logprobs) <= left else (low, middle)
+    weakened = _between(step, support, low)
+    if _kl(weakened, step.base_logprobs) > left:
+        return ReferenceStep(step.base_logprobs, step.base_logprobs, ends_at=left)
+    return replace(step, logprobs=weakened, ends_at=left)
+
+
+def _between(step: ReferenceStep, support: torch.Tensor, strength: float) -> torch.Tensor:
+    mixed = (1 - strength) * step.base_logprobs + strength * step.logprobs
+    return torch.where(support, mixed, -torch.inf).log_softmax(-1)
+
+
+def _masked(base: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    return scores.masked_fill(base.isneginf(), -torch.inf).log_softmax(-1)
+
+
+def _kl(logprobs: torch.Tensor, base: torch.Tensor) -> float:
+    ratio = (logprobs - base).masked_fill(logprobs.isneginf(), 0.0)
+    return float((logprobs.exp() * ratio).sum())

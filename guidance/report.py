@@ -1,26 +1,94 @@
 """What guidance did to one answer: the numbers that every guided response carries."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
-from steersman.guidance.plan import Plan
+from steersman.guidance.plan import Formula, Plan, RewardTerm, Transform
+
+TRACED = 5
+"""Candidates that a trace shows where the whole vocabulary is the support."""
 
 
 @dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One step's candidates, shared by all of its rows."""
+class CandidateStep:
+    """One step over the base's top k, shared by all of its rows."""
 
     ids: torch.Tensor
     """[G, k] int64."""
     base_logprobs: torch.Tensor
     """[G, k] float32, normalised over the vocabulary; -inf where a candidate is masked."""
-    bonus: torch.Tensor
-    """[G, k] float32: what guidance adds to the log-probability."""
+    scores: torch.Tensor
+    """[G, k] float32: log π up to a constant."""
     rewards: torch.Tensor
     """[G, terms, k] float32, as the reward models gave them."""
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyStep:
+    """One step over the whole vocabulary, shared by all of its rows; kept only until the next tokens are known."""
+
+    base: torch.Tensor
+    """[G, V] float32 logits."""
+    guided: torch.Tensor
+    """[G, V] float32 logits."""
+    base_total: torch.Tensor
+    """[G] log-sum-exp of the base's logits."""
+    guided_total: torch.Tensor
+
+    def choose(self, lines: Sequence[int], tokens: Sequence[int]) -> list["ChosenToken"]:
+        """What became of `lines` now that their tokens are known."""
+        line, token = torch.tensor([lines, tokens], device=self.base.device)
+        base_logprobs = self.base[line, token] - self.base_total[line]
+        logprobs = self.guided[line, token] - self.guided_total[line]
+        changed = self.base[line].argmax(dim=-1) != self.guided[line].argmax(dim=-1)
+        values = zip(logprobs.tolist(), base_logprobs.tolist(), changed.tolist(), strict=True)
+        return [ChosenToken(*value) for value in values]
+
+    def trace(self, line: int) -> list[dict[str, Any]]:
+        """The most likely tokens of a line, best first."""
+        best = self.guided[line].topk(min(TRACED, self.guided.shape[-1]))
+        base = self.base[line, best.indices] - self.base_total[line]
+        scores = best.values - self.guided_total[line]
+        return [
+            {"token_id": token, "logprob": logprob, "reward": None, "score": score}
+            for token, logprob, score in zip(best.indices.tolist(), base.tolist(), scores.tolist(), strict=True)
+            if score > -np.inf
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenToken:
+    """One position over the whole vocabulary after its token was chosen."""
+
+    logprob: float
+    base_logprob: float
+    changed: bool
+    """Whether guidance changed the most likely token."""
+
+
+@dataclass(slots=True)
+class Position:
+    """One generated position of one request; `step` is None where the base decoded alone."""
+
+    step: CandidateStep | VocabularyStep | ChosenToken | None = None
+    line: int = 0
+    """The request's row in `step`."""
+    formula: Formula = field(default_factory=Formula)
+    traced: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Tokens that auxiliary models read for one request, and those that closed gates spared them."""
+
+    reward_model_tokens: int = 0
+    policy_tokens: int = 0
+    saved_reward_model_tokens: int = 0
+    saved_policy_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,38 +106,131 @@ class Report:
     """Each reward model's value after the last token; None where the last token was not scored."""
     reward_model_tokens: int
     policy_tokens: int
+    saved_reward_model_tokens: int
+    """What closed gates spared: tokens that would have been read at every position, less those caught up later."""
+    saved_policy_tokens: int
+    kl_spent: float | None = None
+    """Σ KL(π‖π₀) over positions, nats, where there is a budget."""
+    trace: list[dict[str, Any]] | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """One position, whichever way it was decoded."""
+
+    kl: float
+    changed: bool
+    candidates: list[dict[str, Any]]
 
 
 def summarise(
     plan: Plan,
-    records: Sequence[tuple[StepRecord, int]],
-    reward_model_tokens: int,
+    positions: Sequence[Position],
+    counts: Counts,
     response: Sequence[int],
-    error: str | None,
+    kl_spent: float | None = None,
+    error: str | None = None,
 ) -> Report:
-    """Reads the records of the positions of `response`; later ones, computed ahead of a stop, are ignored."""
-    used = records[: len(response)]
-    guided, interventions, kl = 0, 0, 0.0
-    last: dict[str, float | None] = {term.model: None for term in plan.rewards}
-    if used:
-        ids = _stack([record.ids[row] for record, row in used])
-        base = _stack([record.base_logprobs[row] for record, row in used]).astype(np.float64)
-        scores = base + np.where(np.isneginf(base), 0.0, _stack([record.bonus[row] for record, row in used]))
-        guided_logprobs = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
-        chosen = ids == np.asarray(response[: len(used)])[:, None]
-        in_support = chosen.any(axis=1)
-        column = chosen.argmax(axis=1)
-        position = np.arange(len(used))
-        gain = guided_logprobs[position, column] - base[position, column]
-        guided = int(in_support.sum())
-        kl = float(gain[in_support].sum())
-        interventions = int((scores.argmax(axis=1) != base.argmax(axis=1)).sum())
-        if len(used) == len(response) and in_support[-1]:
-            record, row = used[-1]
-            values = record.rewards[row, :, int(column[-1])].tolist()
-            last = {term.model: value for term, value in zip(plan.rewards, values, strict=False)}
-    return Report(plan.method, len(response), guided, interventions, kl, last, reward_model_tokens, 0, error)
+    """Reads the positions of `response`; later ones, computed ahead of a stop, are ignored."""
+    used = list(positions[: len(response)])
+    outcomes = _candidate_outcomes(plan, used, response)
+    for n, position in enumerate(used):
+        if isinstance(position.step, ChosenToken):
+            chosen = position.step
+            outcomes[n] = _Outcome(chosen.logprob - chosen.base_logprob, chosen.changed, position.traced)
+    return Report(
+        method=plan.method,
+        tokens=len(response),
+        guided_tokens=len(outcomes),
+        interventions=sum(outcome.changed for outcome in outcomes.values()),
+        kl=float(sum(outcome.kl for outcome in outcomes.values())),
+        rewards=_final_rewards(plan, used, response),
+        reward_model_tokens=counts.reward_model_tokens,
+        policy_tokens=counts.policy_tokens,
+        saved_reward_model_tokens=counts.saved_reward_model_tokens,
+        saved_policy_tokens=counts.saved_policy_tokens,
+        kl_spent=kl_spent,
+        trace=_trace(used, outcomes, response) if plan.trace else None,
+        error=error,
+    )
+
+
+def name_source(formula: Formula) -> str:
+    """Which distribution a formula samples: the base, one policy, a mixture of policies, or one guided by rewards."""
+    if formula.rewards:
+        return "guided"
+    if formula.is_base:
+        return "base"
+    alone = formula.base == 0.0 and len(formula.policies) == 1 and formula.policies[0].coefficient == 1.0
+    return formula.policies[0].policy if alone else "mixture"
+
+
+def _candidate_outcomes(plan: Plan, used: Sequence[Position], response: Sequence[int]) -> dict[int, _Outcome]:
+    places = [n for n, position in enumerate(used) if isinstance(position.step, CandidateStep)]
+    if not places:
+        return {}
+    steps = [(used[n].step, used[n].line) for n in places]
+    ids = _stack([step.ids[line] for step, line in steps])  # type: ignore[union-attr]
+    base = _stack([step.base_logprobs[line] for step, line in steps]).astype(np.float64)  # type: ignore[union-attr]
+    scores = _stack([step.scores[line] for step, line in steps]).astype(np.float64)  # type: ignore[union-attr]
+    logprobs = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
+    chosen = ids == np.asarray([response[n] for n in places])[:, None]
+    changed = scores.argmax(axis=1) != base.argmax(axis=1)
+    outcomes = {}
+    for row, n in enumerate(places):
+        if chosen[row].any():
+            column = int(chosen[row].argmax())
+            kl = float(logprobs[row, column] - base[row, column])
+            shown = _candidates(used[n], ids[row], base[row], logprobs[row]) if plan.trace else []
+            outcomes[n] = _Outcome(kl, bool(changed[row]), shown)
+    return outcomes
+
+
+def _candidates(position: Position, ids: np.ndarray, base: np.ndarray, logprobs: np.ndarray) -> list[dict[str, Any]]:
+    step = position.step
+    assert isinstance(step, CandidateStep)
+    rewards = _combined_rewards(position.formula.rewards, step.rewards[position.line].double().cpu().numpy())
+    rows = zip(ids.tolist(), base.tolist(), rewards.tolist(), logprobs.tolist(), strict=False)
+    shown = [
+        {"token_id": token, "logprob": logprob, "reward": reward, "score": score}
+        for token, logprob, reward, score in rows
+        if score > -np.inf
+    ]
+    return sorted(shown, key=lambda candidate: -candidate["score"])
+
+
+def _combined_rewards(terms: Sequence[RewardTerm], rewards: np.ndarray) -> np.ndarray:
+    """Σ w T(r) of each candidate: rewards [terms, k] → [k]."""
+    total = np.zeros(rewards.shape[1])
+    for term, raw in zip(terms, rewards, strict=False):
+        value = term.scale * raw + term.shift
+        total += term.weight * (-np.logaddexp(0.0, -value) if term.transform is Transform.LOG_SIGMOID else value)
+    return total
+
+
+def _final_rewards(plan: Plan, used: Sequence[Position], response: Sequence[int]) -> dict[str, float | None]:
+    last: dict[str, float | None] = dict.fromkeys(plan.reward_models)
+    step = used[-1].step if used and len(used) == len(response) else None
+    if isinstance(step, CandidateStep):
+        line = used[-1].line
+        column = (step.ids[line] == response[-1]).nonzero()
+        if len(column):
+            values = step.rewards[line, :, int(column[0])].tolist()
+            last = dict(zip(last, values, strict=False))
+    return last
+
+
+def _trace(used: Sequence[Position], outcomes: dict[int, _Outcome], response: Sequence[int]) -> list[dict[str, Any]]:
+    return [
+        {
+            "token_id": response[n],
+            "candidates": outcomes[n].candidates if n in outcomes else [],
+            "kl": outcomes[n].kl if n in outcomes else 0.0,
+            "source": name_source(position.formula) if n in outcomes else "base",
+        }
+        for n, position in enumerate(used)
+    ]
 
 
 def _stack(rows: list[torch.Tensor]) -> np.ndarray:

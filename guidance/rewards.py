@@ -2,42 +2,26 @@
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from steersman.guidance.auxiliary import CausalModel, ModelRefused, require_safetensors, verify
-from steersman.guidance.cache import BLOCK_SIZE, CacheFull
+from steersman.guidance.auxiliary import (
+    CausalModel,
+    ModelRefused,
+    Prefix,
+    Unscorable,
+    eager_attention,
+    find_head,
+    first_line,
+    require_safetensors,
+    verify,
+)
+from steersman.guidance.tokenizers import same_tokenizer, size_of
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """A request's tokens so far. `key` identifies its cache."""
-
-    key: Hashable
-    prompt: Sequence[int]
-    output: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.output)
-
-    @property
-    def last(self) -> int:
-        """The last token."""
-        return self.output[-1] if self.output else self.prompt[-1]
-
-    def tokens(self) -> list[int]:
-        """All tokens, as a new list."""
-        return [*self.prompt, *self.output]
-
-
-class Unscorable(RuntimeError):
-    """One row that cannot be scored; its neighbours can."""
 
 
 class RewardModel(Protocol):
@@ -59,6 +43,10 @@ class RewardModel(Protocol):
         """The reward after each token of `response`."""
         ...
 
+    def score_answers(self, prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> tuple[list[float], int]:
+        """The reward at the end of each response, and the tokens read for all of them."""
+        ...
+
     def release(self, key: Hashable, tokens: Sequence[int] | None = None, failed: bool = False) -> None:
         """Forgets a request; with `tokens` later requests that begin alike may reuse its cache, unless it failed."""
         ...
@@ -75,37 +63,22 @@ class CausalReward:
 
     def __init__(self, model: torch.nn.Module, name: str, cache_bytes: int, max_rows: int = 64) -> None:
         self.name = name
-        evaluate = _plain_forward(model)
-        self.model = CausalModel(model, self.name, cache_bytes, max_rows)
+        self.model = CausalModel(model, f"reward model {name!r}", cache_bytes, max_rows, find_head(model))
         self.window = self.model.window
 
-        def evaluate_plain(ids: torch.Tensor) -> torch.Tensor:
-            # The eager implementation is the definition: others leave out what they cannot do, such as capped scores.
-            model.set_attn_implementation("eager")
-            try:
-                return evaluate(ids.to(self.model.device))
-            finally:
-                model.set_attn_implementation("steersman")
+        def evaluate(ids: torch.Tensor) -> torch.Tensor:
+            ids = ids.to(self.model.device)
+            with eager_attention(model):
+                return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()
 
         with torch.inference_mode():
-            verify(self.model, evaluate_plain, model.config.get_text_config().vocab_size)
+            verify(self.model, evaluate, model.config.get_text_config().vocab_size, candidates=3)
 
     def score(
         self, prefixes: Sequence[Prefix], candidates: torch.Tensor, end_token: int | None
     ) -> tuple[torch.Tensor, list[int]]:
         """See RewardModel.score."""
-        read = [0] * len(prefixes)
-        behind = [g for g, p in enumerate(prefixes) if not self.model.covers(p.key, len(p) - 1)]
-        if behind:
-            wanted = [(prefixes[g].key, prefixes[g].tokens()[:-1]) for g in behind]
-            done = self.model.prefill(wanted)
-            for g in behind:
-                result = done[prefixes[g].key]
-                if isinstance(result, CacheFull):
-                    if len(prefixes) == 1:
-                        raise Unscorable(f"reward model {self.name!r}: {result}")
-                    raise result
-                read[g] = result
+        read = self.model.catch_up(prefixes)
         device = self.model.device
         last = torch.tensor([[p.last] for p in prefixes], device=device)
         candidates = candidates.to(device)
@@ -122,21 +95,31 @@ class CausalReward:
         """See RewardModel.score_text."""
         return [float(r) for r in self.model.outputs([*prompt, *response])[len(prompt) :, 0]]
 
+    @torch.inference_mode()
+    def score_answers(self, prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> tuple[list[float], int]:
+        """See RewardModel.score_answers. What the responses share with each other and earlier ones is read once."""
+        prefixes = [Prefix(object(), prompt, response) for response in responses]
+        finite = False
+        try:
+            read = self.model.catch_up(prefixes)
+            last = torch.tensor([[p.last] for p in prefixes], device=self.model.device)
+            outputs = self.model.step([p.key for p in prefixes], [len(p) for p in prefixes], last, branches=0)
+            finite = bool(outputs.isfinite().all())
+        finally:
+            for prefix in prefixes:
+                self.model.release(prefix.key, prefix.tokens(), failed=not finite)
+        return outputs[:, 0, 0].tolist(), sum(read) + len(prefixes)
+
     def release(self, key: Hashable, tokens: Sequence[int] | None = None, failed: bool = False) -> None:
         """See RewardModel.release."""
         self.model.release(key, tokens, failed)
 
     def describe(self) -> dict[str, Any]:
         """See RewardModel.describe."""
-        cache = self.model.cache
         return {
             "name": self.name,
             "kind": self.kind,
-            "window": self.window,
-            "cache_blocks": cache.num_blocks,
-            "cache_blocks_in_use": cache.blocks_in_use,
-            "block_size": BLOCK_SIZE,
-            "bytes_per_token": self.model.bytes_per_token,
+            **self.model.describe(),
             **_training_facts(self.model.model.config),
         }
 
@@ -194,6 +177,13 @@ class TextReward:
         scored, _ = self.score(prefixes, torch.tensor([[token] for token in response]), None)
         return [float(r) for r in scored[:, 0]]
 
+    @torch.inference_mode()
+    def score_answers(self, prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> tuple[list[float], int]:
+        """See RewardModel.score_answers."""
+        prefixes = [Prefix(n, prompt, response[:-1]) for n, response in enumerate(responses)]
+        scored, read = self.score(prefixes, torch.tensor([[response[-1]] for response in responses]), None)
+        return scored[:, 0].tolist(), sum(read)
+
     def release(self, key: Hashable, tokens: Sequence[int] | None = None, failed: bool = False) -> None:
         """Nothing is kept between steps."""
 
@@ -229,7 +219,7 @@ def load_reward_model(
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelRefused(f"reward model {name!r}: {path} cannot be loaded: {_first_line(error)}") from error
+        raise ModelRefused(f"reward model {name!r}: {path} cannot be loaded: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelRefused(f"reward model {name!r}: {path} lacks the weights {', '.join(missing[:3])}")
     model = model.to(device)
@@ -251,28 +241,20 @@ def inspect_checkpoint(
 
     Raises ModelRefused for what cannot be served.
     """
-    require_safetensors(path, name)
+    require_safetensors(path, f"reward model {name!r}")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelRefused(f"reward model {name!r}: {path} cannot be read: {_first_line(error)}") from error
+        raise ModelRefused(f"reward model {name!r}: {path} cannot be read: {first_line(error)}") from error
     _require_reward_head(name, path, config)
     shared = same_tokenizer(tokenizer, base_tokenizer)
     if declared_kind(config) == "reward" and not shared:
         raise ModelRefused(
             f"reward model {name!r}: {path} was trained on another tokenizer than the base model's "
-            f"({_size(tokenizer)} against {_size(base_tokenizer)} tokens); train it from a checkpoint that shares it"
+            f"({size_of(tokenizer)} against {size_of(base_tokenizer)} tokens); train it from a checkpoint that has it"
         )
     return config, tokenizer, shared and _is_causal(config)
-
-
-def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether both give every token the same id and cut text alike."""
-    probe = "Hello, World! 1234 über\n  def f(x): return x"
-    return one.get_vocab() == other.get_vocab() and (
-        one(probe, add_special_tokens=False)["input_ids"] == other(probe, add_special_tokens=False)["input_ids"]
-    )
 
 
 def declared_kind(config: Any) -> str | None:
@@ -299,13 +281,6 @@ def _is_causal(config: Any) -> bool:
     return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not bidirectional
 
 
-def _plain_forward(model: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    def evaluate(ids: torch.Tensor) -> torch.Tensor:
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()
-
-    return evaluate
-
-
 def _text_decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
     def decode(tokens: Sequence[int]) -> str:
         return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -329,11 +304,3 @@ def _parts(order: list[int], encoded: list[list[int]], budget: int) -> list[list
 def _training_facts(config: Any) -> dict[str, Any]:
     objective = (getattr(config, "steersman", None) or {}).get("objective")
     return {} if objective is None else {"objective": objective}
-
-
-def _size(tokenizer: PreTrainedTokenizerBase) -> int:
-    return len(tokenizer.get_vocab())
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300]

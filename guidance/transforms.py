@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from steersman.guidance.plan import Plan, Transform
+from steersman.guidance.plan import Formula, Transform
 
 
 @dataclass(frozen=True)
 class Combination:
-    """The reward terms of a batch of plans as tensors [rows, terms, 1]; rows with fewer terms carry weight 0."""
+    """The reward terms of a batch of formulas as tensors [rows, terms, 1]; rows with fewer terms carry weight 0."""
 
     strength: torch.Tensor
     """β · weight, float32."""
@@ -37,19 +37,19 @@ class Combination:
         return values.sum(dim=1)
 
 
-def build_combination(plans: Sequence[Plan], device: torch.device | str) -> Combination:
-    """Stacks the plans' terms. Shapes [len(plans), most terms, 1]."""
-    most = max(len(plan.rewards) for plan in plans)
+def build_combination(formulas: Sequence[Formula], device: torch.device | str) -> Combination:
+    """Stacks the formulas' terms. Shapes [len(formulas), most terms, 1]."""
+    most = max(len(formula.rewards) for formula in formulas)
 
     def stack(values: Sequence[Sequence[float]], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         padded = [[*row, *[0] * (most - len(row))] for row in values]
         return torch.tensor(padded, dtype=dtype, device=device).unsqueeze(-1)
 
-    terms = [plan.rewards for plan in plans]
+    terms = [formula.rewards for formula in formulas]
     is_log_sigmoid = [[term.transform is Transform.LOG_SIGMOID for term in row] for row in terms]
     ragged = any(len(row) < most for row in terms)
     return Combination(
-        strength=stack([[plan.beta * term.weight for term in plan.rewards] for plan in plans]),
+        strength=stack([[formula.beta * term.weight for term in formula.rewards] for formula in formulas]),
         scale=stack([[term.scale for term in row] for row in terms]),
         shift=stack([[term.shift for term in row] for row in terms]),
         log_sigmoid=stack(is_log_sigmoid, torch.bool) if any(map(any, is_log_sigmoid)) else None,

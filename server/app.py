@@ -12,6 +12,7 @@ from fastapi.routing import APIRoute
 from steersman.guidance.request import GuidanceError
 from steersman.server.engine import GuidedEngine
 from steersman.server.errors import reject
+from steersman.server.presets import preset_of_model
 from steersman.server.protocol import GuidedChatCompletionRequest, GuidedCompletionRequest
 from steersman.server.scoring import RewardsRequest, score_responses
 from steersman.server.vllm import (
@@ -85,15 +86,21 @@ def attach_routes(app: FastAPI) -> None:
 
 async def _refuse_guidance(raw_request: Request) -> None:
     """vLLM passes over fields that it does not know, and an answer without guidance would look like one with it."""
-    if b'"guidance"' not in await raw_request.body():
+    content = await raw_request.body()
+    presets = _engine(raw_request).registry.presets
+    if b'"guidance"' not in content and not presets:
         return
     try:
         body = await raw_request.json()
     except ValueError:
         return
-    if isinstance(body, dict) and body.get("guidance") is not None:
-        path = raw_request.url.path
-        reject(GuidanceError("guidance", f"{path} does not know it; use /v1/completions or /v1/chat/completions"))
+    if not isinstance(body, dict):
+        return
+    way_out = f"{raw_request.url.path} does not know it; use /v1/completions or /v1/chat/completions"
+    if body.get("guidance") is not None:
+        reject(GuidanceError("guidance", way_out))
+    if preset_of_model(body.get("model"), presets) is not None:
+        reject(GuidanceError("model", f"{body['model']!r} stands for guidance, and {way_out}"))
 
 
 def _engine(raw_request: Request) -> GuidedEngine:
@@ -102,11 +109,10 @@ def _engine(raw_request: Request) -> GuidedEngine:
 
 async def _answer(create: Callable[..., Awaitable[Any]], request: _GuidedRequest, raw_request: Request) -> Any:
     engine = _engine(raw_request)
-    if request.parsed_guidance is not None:
-        try:
-            engine.registry.check(request.parsed_guidance)
-        except GuidanceError as error:
-            reject(error)
+    try:
+        request.choose_guidance(engine.registry)
+    except GuidanceError as error:
+        reject(error)
     try:
         answer = await create(request, raw_request)
     except BaseException:
@@ -122,38 +128,66 @@ def _drop_reports(engine: GuidedEngine, keys: list[str]) -> None:
 
 
 def _respond(answer: Any, request: _GuidedRequest, raw_request: Request) -> Any:
-    engine, keys, n = _engine(raw_request), request.guidance_keys, request.n or 1
+    engine, keys = _engine(raw_request), request.guidance_keys
     if isinstance(answer, ErrorResponse):
         _drop_reports(engine, keys)
         return JSONResponse(answer.model_dump(), status_code=answer.error.code)
     if isinstance(answer, CompletionResponse | ChatCompletionResponse):
         body = answer.model_dump()
-        if keys:
-            reports = [engine.take_reports(key) for key in keys]
-            for choice in body["choices"]:
-                choice["guidance"] = reports[choice["index"] // n].get(choice["index"] % n)
+        _describe_choices(body, request, [engine.take_reports(key) for key in keys])
         return JSONResponse(body)
-    events = _with_reports(answer, engine, keys, n) if keys else answer
+    events = _with_reports(answer, engine, request) if keys else answer
     interval = float(getattr(raw_request.app.state.args, "sse_keep_alive_interval", 0))
     return StreamingResponse(with_sse_keep_alive(events, interval), media_type="text/event-stream")
 
 
+def _describe_choices(body: dict[str, Any], request: _GuidedRequest, reports: list[dict[int, dict[str, Any]]]) -> None:
+    """Adds each choice's report, the tokens of samples that were not chosen, and the model that was asked for."""
+    if not reports:
+        return
+    n = request.n or 1
+    for choice in body["choices"]:
+        choice["guidance"] = reports[choice["index"] // n].get(choice["index"] % n)
+    _add_discarded(body, reports)
+    if request.model is not None:
+        body["model"] = request.model
+
+
+def _add_discarded(body: dict[str, Any], reports: list[dict[int, dict[str, Any]]]) -> None:
+    """Samples that a search threw away were generated too: the client pays for them, and usage says so."""
+    all_reports = [report for by_choice in reports for report in by_choice.values()]
+    discarded = sum(r["generated_tokens"] - r["tokens"] for r in all_reports if "generated_tokens" in r)
+    if discarded and body.get("usage"):
+        body["usage"]["completion_tokens"] += discarded
+        body["usage"]["total_tokens"] += discarded
+
+
 async def _with_reports(
-    events: AsyncGenerator[str, None], engine: GuidedEngine, keys: list[str], n: int
+    events: AsyncGenerator[str, None], engine: GuidedEngine, request: _GuidedRequest
 ) -> AsyncGenerator[str, None]:
-    """Adds `guidance` to the chunk that carries a choice's finish_reason; other chunks pass as they are."""
+    """Adds `guidance` to the chunk that carries a choice's finish_reason, and what else a whole body would say."""
+    keys, n = request.guidance_keys, request.n or 1
+    by_preset = preset_of_model(request.model, engine.registry.presets) is not None
     try:
         async for event in events:
-            yield _add_report(event, engine, keys, n) if '"finish_reason":"' in event else event
+            last = '"finish_reason":"' in event or '"choices":[]' in event
+            yield _describe_chunk(event, engine, request.model, keys, n) if last or by_preset else event
     finally:
         await events.aclose()
         _drop_reports(engine, keys)
 
 
-def _add_report(event: str, engine: GuidedEngine, keys: list[str], n: int) -> str:
-    chunk = json.loads(event.removeprefix("data: "))
+def _describe_chunk(event: str, engine: GuidedEngine, model: str | None, keys: list[str], n: int) -> str:
+    try:
+        chunk = json.loads(event.removeprefix("data: "))
+    except ValueError:
+        return event
     for choice in _finished(chunk):
         choice["guidance"] = engine.peek_report(keys[choice["index"] // n], choice["index"] % n)
+    if not chunk.get("choices"):
+        _add_discarded(chunk, [engine.peek_reports(key) for key in keys])
+    if model is not None and "model" in chunk:
+        chunk["model"] = model
     return f"data: {json.dumps(chunk, separators=(',', ':'), ensure_ascii=False)}\n\n"
 
 

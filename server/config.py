@@ -12,9 +12,10 @@ CONFIG_KEY = "steersman"
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Reward models by name and the memory that their caches may take."""
+    """Reward models and policies by name, and the memory that their caches may take."""
 
     reward_models: dict[str, str]
+    policies: dict[str, str]
     cache_gib: float
 
     def dump(self) -> dict[str, Any]:
@@ -24,7 +25,7 @@ class ServerConfig:
     @property
     def cache_bytes_per_model(self) -> int:
         """The models share the memory evenly."""
-        return int(self.cache_gib * 2**30) // max(1, len(self.reward_models))
+        return int(self.cache_gib * 2**30) // max(1, len(self.reward_models) + len(self.policies))
 
 
 def load_config(additional_config: Mapping[str, Any]) -> ServerConfig:

@@ -9,12 +9,13 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from steersman.guidance.plan import Plan, compile_plan
-from steersman.guidance.request import GuidanceError, parse_guidance
+from steersman.guidance.plan import compile_plan
+from steersman.guidance.request import BestOfN, Blockwise, GuidanceError, parse_guidance
 from steersman.server.budget import CacheBudget
 from steersman.server.config import CONFIG_KEY
 from steersman.server.errors import GuidanceFailed, reject
-from steersman.server.registry import LoadedRewardModel, Registry
+from steersman.server.registry import LoadedModel, Registry, check_length, name_model, reach
+from steersman.server.search import Search, check_search, run_search
 from steersman.server.vllm import EngineClient, EngineDeadError, RequestOutput, RequestOutputKind, SamplingParams
 
 
@@ -37,7 +38,7 @@ class GuidedEngine:
     def __init__(self, engine: EngineClient, registry: Registry) -> None:
         self._engine = engine
         self.registry = registry
-        self.budget = CacheBudget({m.name: m.cache_blocks for m in registry.reward_models.values() if m.cache_blocks})
+        self.budget = CacheBudget({m.name: m.cache_blocks for m in registry.models.values() if m.cache_blocks})
         self._reports: dict[str, dict[int, dict[str, Any]]] = {}
         self._cleaning: set[asyncio.Task[Any]] = set()
 
@@ -52,6 +53,10 @@ class GuidedEngine:
         if entry is None:
             return self._engine.generate(prompt, sampling_params, request_id, **kwargs)
         try:
+            guidance = parse_guidance(entry["guidance"])
+            if isinstance(guidance, BestOfN | Blockwise):
+                search = self._admit_search(guidance, entry, prompt, sampling_params)
+                return self._generate_searched(search, entry["key"], prompt, sampling_params, request_id, kwargs)
             ticket = self._admit(entry, prompt, sampling_params)
         except GuidanceError as error:
             reject(error)
@@ -62,24 +67,40 @@ class GuidedEngine:
         body = self.registry.describe()
         replies = await self._engine.collective_rpc("steersman_describe")
         reply = next(reply for reply in replies if reply is not None)
-        current = {model["name"]: model for model in reply["reward_models"]}
+        current = {model["name"]: model for model in (*reply["reward_models"], *reply["policies"])}
         body["work"] = reply["work"]
-        for model in body["reward_models"]:
+        for model in (*body["reward_models"], *body["policies"]):
             model["cache_blocks_in_use"] = current[model["name"]].get("cache_blocks_in_use")
         return body
 
-    async def score(self, model: LoadedRewardModel, prompt: list[int], response: list[int]) -> list[float]:
+    async def score(self, model: LoadedModel, prompt: list[int], response: list[int]) -> list[float]:
         """The model's reward after each token of `response`, once its cache has room for the text."""
         blocks = {model.name: model.blocks_for(len(prompt) + len(response))} if model.cache_blocks else {}
         if self.budget.too_large(blocks) is not None:
             raise GuidanceError("responses", f"are longer than the whole cache of reward model {model.name!r}")
         async with self.budget.reserve(blocks):
-            replies = await self._engine.collective_rpc("steersman_score", args=(model.name, prompt, response))
-        reply = next(reply for reply in replies if reply is not None)
-        if isinstance(reply, str) or not all(map(math.isfinite, reply)):
-            reason = reply if isinstance(reply, str) else "its reward is not a finite number"
-            raise GuidanceFailed(f"reward model {model.name!r} could not score the text: {reason}")
-        return reply
+            reply = await self._ask_worker("steersman_score", model.name, prompt, response)
+        return _checked_rewards(model, reply, reply)
+
+    async def score_answers(
+        self, model: LoadedModel, prompt: list[int], responses: list[list[int]]
+    ) -> tuple[list[float], int]:
+        """The model's reward at the end of each response, and the tokens it read; as many at once as fit its cache."""
+        each = model.blocks_for(len(prompt) + max(map(len, responses)))
+        at_once = max(1, self.budget.capacity[model.name] // each) if each else len(responses)
+        rewards: list[float] = []
+        read = 0
+        for start in range(0, len(responses), at_once):
+            part = responses[start : start + at_once]
+            async with self.budget.reserve({model.name: each * len(part)} if each else {}):
+                reply = await self._ask_worker("steersman_score_answers", model.name, prompt, part)
+            rewards += _checked_rewards(model, reply, reply[0])
+            read += reply[1]
+        return rewards, read
+
+    async def _ask_worker(self, method: str, *args: Any) -> Any:
+        replies = await self._engine.collective_rpc(method, args=args)
+        return next((reply for reply in replies if reply is not None), None)
 
     def take_reports(self, key: str) -> dict[int, dict[str, Any]]:
         """Reports by choice of a finished request; they are kept until they are taken."""
@@ -87,28 +108,77 @@ class GuidedEngine:
 
     def peek_report(self, key: str, index: int) -> dict[str, Any] | None:
         """The report of one choice of a request that may still be streaming."""
-        return self._reports.get(key, {}).get(index)
+        return self.peek_reports(key).get(index)
+
+    def peek_reports(self, key: str) -> dict[int, dict[str, Any]]:
+        """Reports so far by choice of a request that may still be streaming."""
+        return self._reports.get(key, {})
 
     def _admit(self, entry: dict[str, Any], prompt: Any, params: SamplingParams) -> _Ticket:
-        plan: Plan = compile_plan(parse_guidance(entry["guidance"]))
-        tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
-        if not tokens:
-            raise GuidanceError("prompt", "guidance needs at least one prompt token; send a prompt that is not empty")
-        params.max_tokens = self.registry.check_length(
-            plan, len(tokens), params.max_tokens or 1, entry["max_tokens_field"]
-        )
-        blocks = self.registry.blocks(plan, len(tokens) + params.max_tokens, params.n)
+        plan = compile_plan(parse_guidance(entry["guidance"]))  # type: ignore[arg-type]
+        tokens = len(_prompt_tokens(prompt))
+        models, field = self.registry.models_of(plan), entry["max_tokens_field"]
+        first = plan.gate.first_tokens
+        wanted = params.max_tokens or 1
+        if models:
+            # One position is the candidate's, one more its end token's.
+            spare = int(plan.formula.end_token)
+            params.max_tokens = wanted = check_length(models, tokens, wanted, field, spare, first or wanted)
+        length = reach(plan, tokens, wanted)
+        blocks = {m.name: params.n * m.blocks_for(length) for m in models if m.cache_blocks}
         if (name := self.budget.too_large(blocks)) is not None:
-            size = self.registry.reward_models[name].block_size
+            model = self.registry.models[name]
             raise GuidanceError(
-                entry["max_tokens_field"] or "max_tokens",
-                f"prompt and answer of n={params.n} choices need {blocks[name] * size} tokens in the cache of reward "
-                f"model {name!r}, which holds {self.budget.capacity[name] * size}; ask for fewer or start the server "
-                "with a larger --guidance-cache",
+                field or "max_tokens",
+                f"prompt and answer of n={params.n} choices need {blocks[name] * model.block_size} tokens in the cache "
+                f"of {name_model(model)}, which holds {self.budget.capacity[name] * model.block_size}; ask for fewer "
+                "or start the server with a larger --guidance-cache",
             )
         if params.n > 1 and params.seed is None:
             params.seed = random.getrandbits(31)
         return _Ticket(entry["key"], params.n, params.seed, blocks)
+
+    def _admit_search(
+        self, guidance: BestOfN | Blockwise, entry: dict[str, Any], prompt: Any, params: SamplingParams
+    ) -> Search:
+        check_search(guidance, params)
+        tokens, model = _prompt_tokens(prompt), self.registry.reward_models[guidance.reward_model]
+        wanted = params.max_tokens or 1
+        params.max_tokens = check_length([model], len(tokens), wanted, entry["max_tokens_field"], 0, wanted)
+        needed = {model.name: model.blocks_for(len(tokens) + params.max_tokens)} if model.cache_blocks else {}
+        if self.budget.too_large(needed) is not None:
+            raise GuidanceError(
+                entry["max_tokens_field"] or "max_tokens",
+                f"one answer of {params.max_tokens} tokens does not fit into the cache of reward model {model.name!r}; "
+                "ask for fewer or start the server with a larger --guidance-cache",
+            )
+        return Search(guidance, model, list(tokens))
+
+    async def _generate_searched(
+        self,
+        search: Search,
+        key: str,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        kwargs: dict[str, Any],
+    ) -> AsyncGenerator[RequestOutput, None]:
+        async with aclosing(run_search(self, search, prompt, params, request_id, kwargs)) as outputs:
+            async for output, report in outputs:
+                if report is not None:
+                    self._reports[key] = {0: report}
+                yield output
+
+    def generate_plain(
+        self, prompt: Any, params: SamplingParams, request_id: str, kwargs: dict[str, Any]
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """vLLM's own generate."""
+        return self._engine.generate(prompt, params, request_id, **kwargs)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base model's."""
+        return self._engine.renderer.tokenizer
 
     async def _generate_guided(
         self, ticket: _Ticket, prompt: Any, params: SamplingParams, request_id: str, kwargs: dict[str, Any]
@@ -143,12 +213,27 @@ class GuidedEngine:
         error = report.pop("error")
         if error is not None:
             raise GuidanceFailed(f"guidance failed: {error}")
+        self._name_tokens(report)
         self._reports.setdefault(ticket.key, {})[index] = report
 
     async def _finish(self, ticket: _Ticket, index: int, response: list[int]) -> dict[str, Any] | None:
-        seed = ticket.choice_seed(index)
-        replies = await self._engine.collective_rpc("steersman_finish", args=(ticket.key, seed, response))
-        return next((reply for reply in replies if reply is not None), None)
+        report: dict[str, Any] | None = await self._ask_worker(
+            "steersman_finish", ticket.key, ticket.choice_seed(index), response
+        )
+        return report
+
+    def _name_tokens(self, report: dict[str, Any]) -> None:
+        """Adds their texts to the tokens of a trace; a report without one has no such field."""
+        trace = report.pop("trace")
+        if report["kl_spent"] is None:
+            del report["kl_spent"]
+        if trace is None:
+            return
+        tokenizer = self.tokenizer
+        for step in trace:
+            for entry in (step, *step["candidates"]):
+                entry["token"] = tokenizer.decode([entry["token_id"]])
+        report["trace"] = trace
 
     async def _forget(self, ticket: _Ticket, index: int) -> None:
         with suppress(EngineDeadError):
@@ -158,3 +243,17 @@ class GuidedEngine:
         task = asyncio.get_running_loop().create_task(work)
         self._cleaning.add(task)
         task.add_done_callback(self._cleaning.discard)
+
+
+def _prompt_tokens(prompt: Any) -> list[int]:
+    tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+    if not tokens:
+        raise GuidanceError("prompt", "guidance needs at least one prompt token; send a prompt that is not empty")
+    return list(tokens)
+
+
+def _checked_rewards(model: LoadedModel, reply: Any, rewards: Any) -> list[float]:
+    if isinstance(reply, str) or not all(map(math.isfinite, rewards)):
+        reason = reply if isinstance(reply, str) else "its reward is not a finite number"
+        raise GuidanceFailed(f"reward model {model.name!r} could not score the text: {reason}")
+    return list(rewards)

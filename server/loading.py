@@ -1,6 +1,7 @@
 """Builds a worker's runtime from vLLM's configuration: the same for both of vLLM's interfaces."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from steersman.guidance.auxiliary import ModelRefused
 from steersman.guidance.plan import Plan, compile_plan
-from steersman.guidance.request import parse_guidance
-from steersman.guidance.rewards import RewardModel, load_reward_model
+from steersman.guidance.policies import load_policy
+from steersman.guidance.request import BestOfN, Blockwise, parse_guidance
+from steersman.guidance.rewards import load_reward_model
 from steersman.guidance.runtime import GuidanceRuntime
 from steersman.server.config import CONFIG_KEY, load_config
 
@@ -22,30 +24,32 @@ class WorkerRuntime(GuidanceRuntime):
 
 
 def build_runtime(vllm_config: Any, device: torch.device) -> WorkerRuntime:
-    """Loads every configured reward model beside the base model, in the base's precision."""
+    """Loads every configured reward model and policy beside the base model, in the base's precision."""
     config = load_config(vllm_config.additional_config)
     model_config = vllm_config.model_config
     tokenizer = load_tokenizer(model_config.tokenizer, model_config.trust_remote_code)
-    models: dict[str, RewardModel] = {}
-    refusal = None
-    for name, path in track(config.reward_models.items(), "reward models", disable=not config.reward_models):
-        try:
-            models[name] = load_reward_model(
-                name,
-                path,
-                tokenizer,
-                dtype=model_config.dtype,
-                device=device,
-                cache_bytes=config.cache_bytes_per_model,
-                max_rows=vllm_config.scheduler_config.max_num_seqs,
-                trust_remote_code=model_config.trust_remote_code,
-            )
-        except ModelRefused as error:
-            refusal = str(error)
-            break
-    runtime = WorkerRuntime(models, tokenizer.eos_token_id)
-    runtime.refusal = refusal
+    options: dict[str, Any] = {
+        "dtype": model_config.dtype,
+        "device": device,
+        "cache_bytes": config.cache_bytes_per_model,
+        "max_rows": vllm_config.scheduler_config.max_num_seqs,
+        "trust_remote_code": model_config.trust_remote_code,
+    }
+    runtime = WorkerRuntime({}, tokenizer.eos_token_id)
+    try:
+        runtime.reward_models = _load(
+            "reward models", config.reward_models, lambda n, path: load_reward_model(n, path, tokenizer, **options)
+        )
+        runtime.policies = _load(
+            "policies", config.policies, lambda n, path: load_policy(n, path, model_config.model, tokenizer, **options)
+        )
+    except ModelRefused as error:
+        runtime.refusal = str(error)
     return runtime
+
+
+def _load(what: str, paths: Mapping[str, str], load: Callable[[str, str], Any]) -> dict[str, Any]:
+    return {name: load(name, path) for name, path in track(paths.items(), what, disable=not paths)}
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -53,12 +57,25 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def read_plan(sampling_params: Any) -> tuple[tuple[str, int | None], Plan] | None:
-    """The key and plan that the API process put into a request's sampling parameters, or None if it is plain.
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """What the API process put into a request's sampling parameters."""
 
-    Choices of one request (n > 1) share everything but their seed, so the seed completes the key.
-    """
+    key: tuple[str, int | None]
+    """Choices of one request (n > 1) share everything but their seed, so the seed completes the key."""
+    plan: Plan
+    seed: int
+    """Of the Monte Carlo estimates: the request's own, else one of its key."""
+
+
+def read_attached(sampling_params: Any) -> Attached | None:
+    """None for a request whose tokens are not guided."""
     entry: Mapping[str, Any] | None = (sampling_params.extra_args or {}).get(CONFIG_KEY)
     if not isinstance(entry, Mapping):
         return None
-    return (entry["key"], sampling_params.seed), compile_plan(parse_guidance(entry["guidance"]))
+    guidance = parse_guidance(entry["guidance"])
+    if isinstance(guidance, BestOfN | Blockwise):
+        return None
+    seed = sampling_params.seed
+    noise = int(entry["key"][:15], 16) if seed is None else seed
+    return Attached((entry["key"], seed), compile_plan(guidance), noise)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from steersman.guidance.runtime import Row
-from steersman.server.loading import build_runtime, read_plan
+from steersman.guidance.rows import Row
+from steersman.server.loading import build_runtime, read_attached
 from steersman.server.partial_prefill import PartialRows
 
 
@@ -30,10 +30,9 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             self._drop(index)
         for index, params, prompt, output in batch_update.added:
             self._drop(index)
-            keyed_plan = read_plan(params)
-            if keyed_plan is not None:
-                key, plan = keyed_plan
-                request = self.runtime.start(key, plan, len(prompt or ()))
+            attached = read_attached(params)
+            if attached is not None:
+                request = self.runtime.start(attached.key, attached.plan, len(prompt or ()), attached.seed)
                 self._rows[index] = Row(index, request, prompt or [], output)
         for source, target, direction in batch_update.moved:
             self._move(source, target, direction is MoveDirectionality.SWAP)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor, LogitsProcRequestState
 
-from steersman.guidance.runtime import GuidedRequest, Row
-from steersman.server.loading import build_runtime, read_plan
+from steersman.guidance.rows import GuidedRequest, Row
+from steersman.server.loading import build_runtime, read_attached
 
 
 @dataclass
@@ -34,12 +34,12 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         former = self._slots.pop(req_idx, None)
         if former is not None:
             self.runtime.pause(former.request.key, [*former.prompt, *former.output])
-        keyed_plan = read_plan(sampling_params)
-        if keyed_plan is None:
+        attached = read_attached(sampling_params)
+        if attached is None:
             return False
-        key, plan = keyed_plan
-        request = self.runtime.start(key, plan, int(self._states.prompt_len.np[req_idx]))
-        self._slots = {slot: held for slot, held in self._slots.items() if held.request.key != key}
+        prompt_length = int(self._states.prompt_len.np[req_idx])
+        request = self.runtime.start(attached.key, attached.plan, prompt_length, attached.seed)
+        self._slots = {slot: held for slot, held in self._slots.items() if held.request.key != attached.key}
         self._slots[req_idx] = _Slot(request)
         return True
 

@@ -8,6 +8,8 @@ from pydantic import Field, PrivateAttr, model_validator
 from steersman.guidance.request import Guidance, GuidanceError, parse_guidance
 from steersman.server.config import CONFIG_KEY
 from steersman.server.errors import InvalidGuidance, reject
+from steersman.server.presets import preset_of_model
+from steersman.server.registry import Registry
 from steersman.server.vllm import ChatCompletionRequest, CompletionRequest, SamplingParams
 
 
@@ -15,6 +17,7 @@ class _Guided:
     """Adds a request's guidance to its sampling parameters, under a key by which its reports are found again."""
 
     guidance: Any
+    model: Any
     _guidance: Guidance | None
     _keys: list[str]
 
@@ -28,17 +31,38 @@ class _Guided:
         """One key for each prompt of the request, in order."""
         return self._keys
 
+    def choose_guidance(self, registry: Registry) -> None:
+        """Puts a preset, named by the model or by `guidance`, in its place, and checks that all models are loaded.
+
+        Raises GuidanceError.
+        """
+        preset = preset_of_model(getattr(self, "model", None), registry.presets)
+        if preset is not None and self.guidance is not None:
+            raise GuidanceError("guidance", f"model {self.model!r:.80} stands for a preset already; leave one out")
+        if preset is None and isinstance(self.guidance, str):
+            preset = self.guidance
+        if preset is not None:
+            self._check_compatible()
+            self._guidance = registry.find_preset(preset)
+        if self._guidance is not None:
+            registry.check(self._guidance)
+
     def _check_guidance(self) -> None:
         if self.guidance is None:
             return
-        if getattr(self, "use_beam_search", False):
-            raise InvalidGuidance("use_beam_search", "does not work with guidance; leave one of the two out")
-        if getattr(self, "prompt_embeds", None) is not None:
-            raise InvalidGuidance("prompt_embeds", "do not work with guidance, whose models read tokens; send a prompt")
+        self._check_compatible()
+        if isinstance(self.guidance, str):
+            return
         try:
             self._guidance = parse_guidance(self.guidance)
         except GuidanceError as error:
             reject(error)
+
+    def _check_compatible(self) -> None:
+        if getattr(self, "use_beam_search", False):
+            raise InvalidGuidance("use_beam_search", "does not work with guidance; leave one of the two out")
+        if getattr(self, "prompt_embeds", None) is not None:
+            raise InvalidGuidance("prompt_embeds", "do not work with guidance, whose models read tokens; send a prompt")
 
     def _attach_guidance(self, params: SamplingParams) -> SamplingParams:
         extra = {key: value for key, value in (params.extra_args or {}).items() if key != CONFIG_KEY}

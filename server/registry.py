@@ -1,17 +1,17 @@
 """What the workers have loaded, known to the API process, so that every bad request is refused there."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from steersman.guidance import request as limits
 from steersman.guidance.plan import Plan
-from steersman.guidance.request import Guidance, GuidanceError, describe_methods
+from steersman.guidance.request import Guidance, GuidanceError, describe_methods, policies, reward_models
 
 
 @dataclass(frozen=True)
-class LoadedRewardModel:
-    """One reward model as a worker described it. Sizes are in tokens and cache blocks."""
+class LoadedModel:
+    """One reward model or policy as a worker described it. Sizes are in tokens and cache blocks."""
 
     name: str
     kind: str
@@ -25,81 +25,109 @@ class LoadedRewardModel:
         return -(-tokens // self.block_size) if self.cache_blocks else 0
 
 
+@dataclass(frozen=True)
 class Registry:
-    """The reward models that requests may name."""
+    """The reward models, policies and presets that requests may name. Reward models and policies share no name."""
 
-    def __init__(self, models: Sequence[LoadedRewardModel]) -> None:
-        self.reward_models = {model.name: model for model in models}
+    reward_models: dict[str, LoadedModel]
+    policies: dict[str, LoadedModel] = field(default_factory=dict)
+    presets: dict[str, Guidance] = field(default_factory=dict)
+
+    @property
+    def models(self) -> dict[str, LoadedModel]:
+        """Every auxiliary model by name."""
+        return {**self.reward_models, **self.policies}
 
     def check(self, guidance: Guidance) -> None:
         """Raises GuidanceError when a request names a model that is not loaded."""
-        for number, term in enumerate(guidance.terms):
-            if term.model not in self.reward_models:
-                field = "guidance.reward_model" if guidance.rewards is None else f"guidance.rewards.{number}.model"
-                known = ", ".join(sorted(self.reward_models)) or "none; start the server with --reward-model NAME=PATH"
-                raise GuidanceError(field, f"no reward model {term.model!r:.80} is loaded; loaded are: {known}")
+        for what, option, named, loaded in (
+            ("reward model", "--reward-model", reward_models(guidance), self.reward_models),
+            ("policy", "--policy", policies(guidance), self.policies),
+        ):
+            for place, name in named:
+                if name not in loaded:
+                    known = ", ".join(sorted(loaded)) or f"none; start the server with {option} NAME=PATH"
+                    raise GuidanceError(place, f"no {what} {name!r:.80} is loaded; loaded are: {known}")
 
-    def longest(self, plan: Plan) -> tuple[int, str]:
-        """The longest text in tokens that every causal reward model of the plan reads, and which model bounds it."""
-        return min((self.reward_models[t.model].window, t.model) for t in plan.rewards)
+    def find_preset(self, name: str) -> Guidance:
+        """The guidance that a preset stands for; raises GuidanceError."""
+        preset = self.presets.get(name)
+        if preset is None:
+            known = ", ".join(sorted(self.presets)) or "none; start the server with --guidance-presets FILE"
+            raise GuidanceError("guidance", f"no preset {name!r:.80} is loaded; loaded are: {known}")
+        return preset
 
-    def check_length(self, plan: Plan, prompt_tokens: int, max_tokens: int, given: str | None) -> int:
-        """The number of tokens that may be generated; raises GuidanceError if the prompt or the answer is too long.
-
-        `given` is the request's own field for max_tokens; where it has none, the answer is cut to what fits.
-        """
-        window, name = self.longest(plan)
-        # One position is the candidate's, one more its end token's.
-        room = window - prompt_tokens - (1 if plan.end_token else 0)
-        if room < 1:
-            raise GuidanceError(
-                "prompt",
-                f"has {prompt_tokens} tokens, reward model {name!r} reads at most {window} with the answer; "
-                "shorten the prompt or use a reward model with a longer window",
-            )
-        if max_tokens > room and given is not None:
-            raise GuidanceError(
-                given,
-                f"{max_tokens} with a prompt of {prompt_tokens} tokens exceeds the {window} tokens that reward model "
-                f"{name!r} reads; ask for at most {room}",
-            )
-        return min(max_tokens, room)
-
-    def blocks(self, plan: Plan, tokens: int, copies: int) -> dict[str, int]:
-        """Cache blocks by reward model that `copies` sequences of `tokens` may come to need."""
-        models = [self.reward_models[term.model] for term in plan.rewards]
-        return {model.name: copies * model.blocks_for(tokens) for model in models if model.cache_blocks}
+    def models_of(self, plan: Plan) -> list[LoadedModel]:
+        """The auxiliary models that a plan may ask."""
+        return [self.models[name] for name in (*plan.reward_models, *plan.policies)]
 
     def describe(self) -> dict[str, Any]:
         """The body of `GET /v1/guidance`."""
         return {
             "methods": describe_methods(),
-            "reward_models": [
-                {
-                    "name": m.name,
-                    "kind": m.kind,
-                    "window": m.window,
-                    "objective": m.objective,
-                    "cache_blocks": m.cache_blocks,
-                    "block_size": m.block_size,
-                }
-                for m in self.reward_models.values()
-            ],
-            "policies": [],
-            "presets": {},
+            "reward_models": [asdict(model) for model in self.reward_models.values()],
+            "policies": [asdict(model) for model in self.policies.values()],
+            "presets": {
+                name: preset.model_dump(mode="json", exclude_unset=True) for name, preset in self.presets.items()
+            },
             "limits": {
                 "top_k": limits.MAX_TOP_K,
                 "beta": limits.MAX_BETA,
                 "weight": limits.MAX_WEIGHT,
                 "rewards": limits.MAX_REWARDS,
-                "cache_tokens": {
-                    m.name: m.cache_blocks * m.block_size for m in self.reward_models.values() if m.cache_blocks
-                },
+                "policies": limits.MAX_POLICIES,
+                "coefficient": limits.MAX_COEFFICIENT,
+                "samples": limits.MAX_SAMPLES,
+                "n": limits.MAX_ANSWERS,
+                "block": limits.MAX_BLOCK,
+                "cache_tokens": {m.name: m.cache_blocks * m.block_size for m in self.models.values() if m.cache_blocks},
             },
         }
 
 
-def build_registry(descriptions: Sequence[dict[str, Any]]) -> Registry:
+def reach(plan: Plan, prompt_tokens: int, max_tokens: int) -> int:
+    """The most tokens that the plan's models may come to read: a gate on the position ends their reading."""
+    first = plan.gate.first_tokens
+    return prompt_tokens + (max_tokens if first is None else min(first, max_tokens))
+
+
+def check_length(
+    models: Sequence[LoadedModel], prompt_tokens: int, max_tokens: int, field: str | None, spare: int, within: int
+) -> int:
+    """The number of tokens that may be generated; raises GuidanceError if the prompt or the answer is too long.
+
+    field: the request's own field for max_tokens; where it has none, the answer is cut to what fits. spare: positions
+    that are read beyond the answer. within: the most tokens of the answer that are read at all.
+    """
+    model = min(models, key=lambda m: m.window)
+    room = model.window - prompt_tokens - spare
+    if room < 1:
+        raise GuidanceError(
+            "prompt",
+            f"has {prompt_tokens} tokens, {name_model(model)} reads at most {model.window} with the answer; "
+            "shorten the prompt or use a model with a longer window",
+        )
+    if min(max_tokens, within) <= room:
+        return max_tokens
+    if field is not None:
+        raise GuidanceError(
+            field,
+            f"{max_tokens} with a prompt of {prompt_tokens} tokens exceeds the {model.window} tokens that "
+            f"{name_model(model)} reads; ask for at most {room}",
+        )
+    return room
+
+
+def name_model(model: LoadedModel) -> str:
+    """How errors call a model."""
+    return f"{'policy' if model.kind == 'policy' else 'reward model'} {model.name!r}"
+
+
+def build_registry(described: Mapping[str, Any], presets: Mapping[str, Guidance]) -> Registry:
     """A registry from what a worker's runtime says of its models."""
-    fields = LoadedRewardModel.__dataclass_fields__
-    return Registry([LoadedRewardModel(**{k: v for k, v in d.items() if k in fields}) for d in descriptions])
+    fields = LoadedModel.__dataclass_fields__
+
+    def load(descriptions: Sequence[Mapping[str, Any]]) -> dict[str, LoadedModel]:
+        return {d["name"]: LoadedModel(**{k: v for k, v in d.items() if k in fields}) for d in descriptions}
+
+    return Registry(load(described["reward_models"]), load(described["policies"]), dict(presets))

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from steersman.guidance.request import GuidanceError
 from steersman.server.engine import GuidedEngine
-from steersman.server.registry import LoadedRewardModel
+from steersman.server.registry import LoadedModel
 
 MAX_RESPONSES = 256
 
@@ -72,9 +72,7 @@ def _response_tokens(tokenizer: Any, response: str | list[int], end_token: bool)
     return [*tokens, tokenizer.eos_token_id] if end_token and tokenizer.eos_token_id is not None else tokens
 
 
-def _check_tokens(
-    field: str, model: LoadedRewardModel, prompt: list[int], response: list[int], vocabulary: int
-) -> None:
+def _check_tokens(field: str, model: LoadedModel, prompt: list[int], response: list[int], vocabulary: int) -> None:
     if not response:
         raise GuidanceError(field, "is empty; a reward needs at least one token")
     if any(not 0 <= token < vocabulary for token in (*prompt, *response)):

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import uvloop
 
 from steersman.guidance.auxiliary import ModelRefused
+from steersman.guidance.request import BASE, Guidance
 from steersman.server.config import CONFIG_KEY, ServerConfig, parse_named_paths
+from steersman.server.presets import load_presets
 
 
 def main(argv: Sequence[str]) -> int:
@@ -16,8 +18,8 @@ def main(argv: Sequence[str]) -> int:
     line that says why."""
     try:
         args = parse_arguments(argv)
-        check_before_start(args)
-        uvloop.run(serve(args))
+        presets = check_before_start(args)
+        uvloop.run(serve(args, presets))
     except ModelRefused as refusal:
         print(f"steersman: {refusal}", file=sys.stderr)
         return 2
@@ -46,11 +48,24 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="A reward model that requests may name; give the flag once for each.",
     )
     group.add_argument(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="NAME=PATH_OR_REPO",
+        help="A policy that requests may name: a causal language model with the base's vocabulary, or an adapter "
+        "(LoRA) over the base; give the flag once for each.",
+    )
+    group.add_argument(
+        "--guidance-presets",
+        metavar="FILE",
+        help="YAML file of presets, NAME: guidance object; each is served as the model MODEL:NAME.",
+    )
+    group.add_argument(
         "--guidance-cache",
         type=float,
         default=1.0,
         metavar="GIB",
-        help="Memory for the key-value caches of all reward models together. Default: 1.",
+        help="Memory for the key-value caches of all reward models and policies together. Default: 1.",
     )
     parser.set_defaults(host="127.0.0.1")
     args = parser.parse_args(list(argv))
@@ -61,8 +76,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def check_before_start(args: argparse.Namespace) -> None:
-    """Refuses in a second what would fail only after the base model is loaded, and hands the rest to the workers."""
+def check_before_start(args: argparse.Namespace) -> dict[str, Guidance]:
+    """Refuses in a second what would fail only after the base model is loaded, hands the rest to the workers, and
+    returns the presets."""
+    from steersman.guidance.policies import inspect_policy
     from steersman.guidance.rewards import inspect_checkpoint
     from steersman.server.loading import load_tokenizer
 
@@ -72,7 +89,16 @@ def check_before_start(args: argparse.Namespace) -> None:
         raise ModelRefused("--api-server-count: guidance is admitted by one API process; leave it at 1")
     if args.speculative_config is not None:
         raise ModelRefused("--speculative-config: guidance does not work with speculative decoding; leave it out")
-    config = ServerConfig(parse_named_paths("--reward-model", args.reward_model), args.guidance_cache)
+    rewards, policies = (
+        parse_named_paths("--reward-model", args.reward_model),
+        parse_named_paths("--policy", args.policy),
+    )
+    if BASE in policies:
+        raise ModelRefused(f"--policy {BASE}: this is the base model's own name among policies; choose another one")
+    if both := sorted(set(rewards) & set(policies)):
+        raise ModelRefused(f"--policy {both[0]}: a reward model has this name already; names must differ")
+    presets = load_presets(args.guidance_presets, rewards, policies)
+    config = ServerConfig(rewards, policies, args.guidance_cache)
     try:
         tokenizer = load_tokenizer(args.tokenizer or args.model, args.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -80,14 +106,17 @@ def check_before_start(args: argparse.Namespace) -> None:
         raise ModelRefused(f"base model {args.model}: its tokenizer cannot be read: {reason}") from error
     for name, path in config.reward_models.items():
         inspect_checkpoint(name, path, tokenizer, args.trust_remote_code)
+    for name, path in policies.items():
+        inspect_policy(name, path, tokenizer, args.trust_remote_code)
     additional = args.additional_config or {}
     if isinstance(additional, str):
         additional = json.loads(additional)
     args.additional_config = {**additional, CONFIG_KEY: config.dump()}
     args.worker_extension_cls = "steersman.server.worker.GuidanceWorkerExtension"
+    return presets
 
 
-async def serve(args: argparse.Namespace) -> None:
+async def serve(args: argparse.Namespace, presets: dict[str, Guidance]) -> None:
     """Starts the engine, replaces the routes, and serves until shutdown."""
     from steersman.server import vllm
     from steersman.server.app import attach_routes
@@ -101,11 +130,12 @@ async def serve(args: argparse.Namespace) -> None:
             described = [reply for reply in await engine.collective_rpc("steersman_describe") if reply is not None]
             if described[0]["refusal"] is not None:
                 raise ModelRefused(described[0]["refusal"])
-            registry = build_registry(described[0]["reward_models"])
+            registry = build_registry(described[0], presets)
             tasks = await engine.get_supported_tasks()
             app = vllm.build_app(args, tasks, engine.model_config)
             attach_routes(app)
             await vllm.init_app_state(GuidedEngine(engine, registry), app.state, args, tasks)
+            vllm.list_presets(app.state, presets)
             shutdown = await vllm.serve_app(app, sock, args)
         await shutdown
     finally:

@@ -1,6 +1,6 @@
 """Every import of vLLM's entry points: they move between releases, so they are named in this one place."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import (
     cli_env_setup,
@@ -24,7 +25,7 @@ from vllm.entrypoints.serve.utils.api_utils import (
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.exceptions import GenerationError, VLLMValidationError
 from vllm.logger import configure_logging_from_args
-from vllm.outputs import RequestOutput
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -35,6 +36,7 @@ __all__ = [
     "AsyncEngineArgs",
     "ChatCompletionRequest",
     "ChatCompletionResponse",
+    "CompletionOutput",
     "CompletionRequest",
     "CompletionResponse",
     "EngineClient",
@@ -51,6 +53,7 @@ __all__ = [
     "cli_env_setup",
     "configure_logging_from_args",
     "init_app_state",
+    "list_presets",
     "load_aware_call",
     "make_arg_parser",
     "serve_app",
@@ -85,6 +88,13 @@ async def build_engine(engine_args: AsyncEngineArgs) -> AsyncIterator[AsyncLLM]:
         yield engine
     finally:
         engine.shutdown(timeout=vllm_config.shutdown_timeout)
+
+
+def list_presets(state: Any, presets: Iterable[str]) -> None:
+    """Makes every preset a model of its own, MODEL:PRESET, beside the base."""
+    paths: list[BaseModelPath] = state.openai_serving_models.base_model_paths
+    base = paths[0]
+    paths += [BaseModelPath(name=f"{base.name}:{preset}", model_path=base.model_path) for preset in presets]
 
 
 async def serve_app(app: FastAPI, sock: Any, args: Any) -> Any:

@@ -28,6 +28,7 @@ class GuidanceWorkerExtension:
             "refusal": runtime.refusal,
             "work": asdict(runtime.work),
             "reward_models": [model.describe() for model in runtime.reward_models.values()],
+            "policies": [policy.describe() for policy in runtime.policies.values()],
         }
 
     def steersman_finish(self, key: str, seed: int | None, response: list[int]) -> dict[str, Any] | None:
@@ -43,6 +44,18 @@ class GuidanceWorkerExtension:
             return None
         try:
             return runtime.reward_models[name].score_text(prompt, response)
+        except Exception as error:
+            return str(error)
+
+    def steersman_score_answers(
+        self, name: str, prompt: list[int], responses: list[list[int]]
+    ) -> tuple[list[float], int] | str | None:
+        """A reward model's value at the end of each response and the tokens it read, or why it could not be had."""
+        runtime = self._steersman_runtime()
+        if runtime is None:
+            return None
+        try:
+            return runtime.reward_models[name].score_answers(prompt, responses)
         except Exception as error:
             return str(error)
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
 from tests.support.server import Server
-from tests.support.tiny import build_tokenizer, randomise, save_base, save_reward
+from tests.support.tiny import VOCABULARY, build_tokenizer, randomise, save_adapter, save_base, save_reward
 
 # A second thread beside a busy server slows the first one down many times over.
 torch.set_num_threads(1)
@@ -17,9 +18,20 @@ POISON = 319
 """A token whose embedding is NaN in the reward model `broken`: any prompt that holds it cannot be scored."""
 
 
+POLICIES = ("expert", "other", "slim", "adapter", "ill")
+
+PRESETS = """
+steered: {method: pargs, reward_model: first, beta: 1.5}
+blended: {method: mixed, policy: expert, mix: 0.7}
+picked: {method: best_of_n, reward_model: first, n: 4}
+"""
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `base`, `first` (Llama), `second` (GPT-2), `narrow` (a window of 64), `broken` and `text` (DeBERTa)."""
+    """Folders `base`; reward models `first` (Llama), `second` (GPT-2), `narrow` (a window of 64), `broken` and `text`
+    (DeBERTa); policies `expert` (Llama), `other` (GPT-2, its vocabulary padded), `slim` (a window of 64), `adapter`
+    (LoRA over the base) and `ill` (broken as a policy)."""
     folder = tmp_path_factory.mktemp("models")
     save_base(folder / "base")
     save_reward(folder / "first", seed=1)
@@ -27,6 +39,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_reward(folder / "narrow", seed=3, max_position_embeddings=64)
     _save_broken(folder / "broken")
     _save_text_model(folder / "text")
+    save_base(folder / "expert", seed=11)
+    gpt2: dict[str, Any] = {"kind": "GPT2", "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 512}
+    save_base(folder / "other", seed=12, **gpt2, vocab_size=VOCABULARY + 8)
+    save_base(folder / "slim", seed=13, max_position_embeddings=64)
+    save_adapter(folder / "adapter", folder / "base", seed=14)
+    _poison(save_base(folder / "ill", seed=15), transformers.AutoModelForCausalLM)
     return folder
 
 
@@ -42,17 +60,25 @@ def serve_flags(models: Path) -> list[str]:
     """Flags of the shared server."""
     names = ["first", "second", "narrow", "broken", "text"]
     rewards = [flag for name in names for flag in ("--reward-model", f"{name}={models / name}")]
+    policies = [flag for name in POLICIES for flag in ("--policy", f"{name}={models / name}")]
+    presets = models / "presets.yaml"
+    presets.write_text(PRESETS)
     return [
         *(str(models / "base"), "--served-model-name", "base", "--dtype", "float32", "--enforce-eager"),
         *("--max-model-len", "256", "--max-num-seqs", "32", "--max-num-batched-tokens", "64"),
-        *("--block-size", "32", "--num-gpu-blocks-override", "20", "--guidance-cache", "0.05"),
+        *("--block-size", "32", "--num-gpu-blocks-override", "20", "--guidance-cache", "0.1"),
+        *("--guidance-presets", str(presets)),
         *rewards,
+        *policies,
     ]
 
 
 def _save_broken(folder: Path) -> None:
-    save_reward(folder, seed=4)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    _poison(save_reward(folder, seed=4), transformers.AutoModelForSequenceClassification)
+
+
+def _poison(folder: Path, kind: Any) -> None:
+    model = kind.from_pretrained(folder)
     with torch.no_grad():
         model.get_input_embeddings().weight[POISON] = torch.nan
     model.save_pretrained(folder)

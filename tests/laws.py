@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from steersman.guidance.runtime import GuidanceRuntime, Row
+from steersman.guidance.rows import Row
+from steersman.guidance.runtime import GuidanceRuntime
 from tests.support.oracle import plan_of
 
 Guidances = Sequence[dict[str, Any] | None]

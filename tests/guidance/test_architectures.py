@@ -80,7 +80,7 @@ def test_architectures_that_would_be_scored_wrongly_are_refused(name: str, confi
     model = AutoModelForSequenceClassification.from_config(
         getattr(transformers, f"{name}Config")(vocab_size=VOCABULARY, pad_token_id=0, num_labels=1, **config)
     )
-    with pytest.raises(ModelRefused, match="cannot be scored token by token"):
+    with pytest.raises(ModelRefused, match="cannot be read token by token"):
         CausalReward(model.float(), "odd", cache_bytes=2**22)
 
 

@@ -12,13 +12,15 @@ from steersman.guidance.request import GuidanceError
 from steersman.guidance.runtime import GuidanceRuntime
 from tests.support.oracle import load_oracle
 from tests.support.tiny import END
-from tests.support.traffic import random_guidance, random_prompts
+from tests.support.traffic import random_guidance, random_policy_guidance, random_prompts
 
 
 @pytest.fixture(scope="module")
 def runtime(models: Path) -> GuidanceRuntime:
     tokenizer = AutoTokenizer.from_pretrained(models / "base")
-    return load_runtime(tokenizer, {name: str(models / name) for name in ("first", "second")}, cache_bytes=2**22)
+    rewards = {name: str(models / name) for name in ("first", "second")}
+    policies = {name: str(models / name) for name in ("expert", "other")}
+    return load_runtime(tokenizer, rewards, policies, cache_bytes=2**22)
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +38,9 @@ def test_greedy_answers_and_reports_are_the_references_for_padded_prompts(
     prompts = random_prompts(rng, 200, longest=40)
     for start in range(0, len(prompts), 25):
         batch = prompts[start : start + 25]
-        guidance = [random_guidance(rng) for _ in batch]
+        guidance = [random_guidance(rng) if n % 2 else random_policy_guidance(rng) for n, _ in enumerate(batch)]
         ids, mask = _left_padded(batch)
-        processor = GuidanceLogitsProcessor(runtime, guidance, mask)
+        processor = GuidanceLogitsProcessor(runtime, guidance, mask, seed=start)
         sequences = base.generate(
             ids, attention_mask=mask, max_new_tokens=8, do_sample=False, logits_processor=[processor]
         )
@@ -47,12 +49,13 @@ def test_greedy_answers_and_reports_are_the_references_for_padded_prompts(
             response = sequences[n, ids.shape[1] :].tolist()
             response = response[: response.index(END) + 1] if END in response else response
             oracle.assert_greedy(prompt, wanted, response, 8)
-            if n % 5 == 0:
+            if n % 3 == 0:
                 assert report is not None
                 oracle.assert_report(
                     prompt, wanted, response, {f: getattr(report, f) for f in report.__dataclass_fields__}
                 )
-    assert all(m.describe()["cache_blocks_in_use"] == 0 for m in runtime.reward_models.values())
+    for model in (*runtime.reward_models.values(), *runtime.policies.values()):
+        assert model.describe()["cache_blocks_in_use"] == 0
 
 
 def test_rows_without_guidance_keep_the_bases_scores_bit_for_bit(

@@ -20,7 +20,8 @@ def test_the_short_form_is_one_plain_term() -> None:
     short = compile_plan(parse_guidance({"method": "pargs", "reward_model": "a", "beta": 2}))
     long = compile_plan(parse_guidance({"method": "pargs", "rewards": [{"model": "a"}], "beta": 2.0}))
     assert short == long
-    assert (short.top_k, short.end_token, short.tokens_per_step) == (10, False, 11)
+    formula = short.formula
+    assert (formula.top_k, formula.end_token, formula.tokens_per_step) == (10, False, 11)
 
 
 def test_a_plan_carries_every_transform_as_numbers() -> None:
@@ -37,10 +38,10 @@ def test_a_plan_carries_every_transform_as_numbers() -> None:
             }
         )
     )
-    first, second = plan.rewards
+    first, second = plan.formula.rewards
     assert (first.weight, first.transform, first.scale, first.shift) == (-0.5, Transform.AFFINE, 2.0, 1.0)
     assert (second.weight, second.transform, second.scale, second.shift) == (1.0, Transform.LOG_SIGMOID, 1.0, -0.3)
-    assert plan.tokens_per_step == 9
+    assert plan.formula.tokens_per_step == 9
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from steersman.guidance.auxiliary import Prefix
 from steersman.guidance.generate import load_runtime
-from steersman.guidance.reference import reference_step
-from steersman.guidance.rewards import Prefix, load_reward_model
-from steersman.guidance.runtime import GuidanceRuntime, Row
+from steersman.guidance.reference import ReferenceModels, reference_step
+from steersman.guidance.request import parse_guidance
+from steersman.guidance.rewards import load_reward_model
+from steersman.guidance.rows import Row
+from steersman.guidance.runtime import GuidanceRuntime
 from tests import laws
 from tests.support.oracle import causal_rewards, plan_of, text_rewards
 from tests.support.tiny import END, VOCABULARY
@@ -72,7 +75,9 @@ def test_the_distribution_is_the_references(runtime: GuidanceRuntime, models: Pa
     rewards["text"] = text_rewards(models / "text", models)
 
     def reference(logits: torch.Tensor, prompt: list[int], guidance: dict[str, Any]) -> torch.Tensor:
-        return reference_step(prompt, plan_of(guidance), lambda _: logits, rewards, END).logprobs
+        return reference_step(
+            prompt, parse_guidance(guidance), ReferenceModels(lambda _: logits, END, rewards)
+        ).logprobs
 
     for pair in (NAMES, ("first", "text")):
         for _ in range(8):

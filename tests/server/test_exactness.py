@@ -14,10 +14,10 @@ from tests.support.server import V2_ENVIRONMENT, Server
 from tests.support.traffic import (
     Answered,
     Asked,
+    any_guidance,
     ask,
     disconnect,
     gather_limited,
-    random_guidance,
     random_prompts,
 )
 
@@ -51,16 +51,14 @@ def crowd(interface: Server, models: Path) -> list[tuple[Asked, list[Answered]]]
     print(f"seed {seed}")
     rng = random.Random(seed)
     before = _counters(interface)
-    greedy = [
-        Asked(p, random_guidance(rng), rng.randint(4, 24), {"temperature": 0}) for p in random_prompts(rng, GREEDY)
-    ]
+    greedy = [Asked(p, any_guidance(rng), rng.randint(4, 24), {"temperature": 0}) for p in random_prompts(rng, GREEDY)]
     sampled = [
-        Asked(p, random_guidance(rng), 12, {"temperature": 1, "n": 3, "seed": rng.randrange(1000)} if rng.random() < 0.5
+        Asked(p, any_guidance(rng), 12, {"temperature": 1, "n": 3, "seed": rng.randrange(1000)} if rng.random() < 0.5
               else {"temperature": 1, "n": 3})
         for p in random_prompts(rng, 20)
     ]  # fmt: skip
     plain = [Asked(p, None, 16, {"temperature": 0}) for p in random_prompts(rng, 40)]
-    hasty = [Asked(p, random_guidance(rng), 60, {"temperature": 1}) for p in random_prompts(rng, 40)]
+    hasty = [Asked(p, any_guidance(rng), 60, {"temperature": 1}) for p in random_prompts(rng, 40)]
     kept = [*greedy, *sampled, *plain]
 
     async def run() -> list[list[Answered]]:
@@ -94,9 +92,11 @@ def test_reports_are_what_the_reference_computes_for_the_same_tokens(
     crowd: list[tuple[Asked, list[Answered]]], oracle: Oracle
 ) -> None:
     guided = [(a, r) for a, rs in crowd if a.guidance is not None for r in rs]
-    for asked, answered in random.sample(guided, 120):
+    compared = 0
+    for asked, answered in random.sample(guided, 160):
         assert answered.guidance is not None
-        oracle.assert_report(asked.prompt, asked.guidance, answered.tokens, answered.guidance)
+        compared += oracle.assert_report(asked.prompt, asked.guidance, answered.tokens, answered.guidance)
+    assert compared >= 100, "near ties of gates are rare"
 
 
 def test_choices_of_one_request_differ_and_each_carries_its_own_report(

@@ -90,10 +90,9 @@ def test_prefixes_of_poisoned_prompts_are_scored_rightly_afterwards(
 
 def _check_against(oracle: Oracle, server: Server, prompt: list[int]) -> bool:
     """Compares with the reference; False where the poisonous token itself is a candidate on the way."""
-    _, steps = oracle.greedy(prompt, BROKEN, 8)
-    if any(POISON in step.candidates for step in steps):
-        return False
     answer = server.complete(prompt, BROKEN, max_tokens=8, temperature=0, return_token_ids=True)["choices"][0]
+    if any(POISON in step.candidates for step in oracle.replay(prompt, answer["token_ids"], BROKEN)):
+        return False
     oracle.assert_greedy(prompt, BROKEN, answer["token_ids"], 8)
     oracle.assert_report(prompt, BROKEN, answer["token_ids"], answer["guidance"])
     return True

@@ -52,9 +52,9 @@ def build_tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_base(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A causal Llama whose next-token distribution is neither flat nor certain."""
-    config = transformers.LlamaConfig(**{**COMMON, **changes})
+def save_base(folder: Path, seed: int = 0, kind: str = "Llama", **changes: Any) -> Path:
+    """A causal language model whose next-token distribution is neither flat nor certain."""
+    config = getattr(transformers, f"{kind}Config")(**{**COMMON, **changes})
     return _save(AutoModelForCausalLM.from_config(config), folder, seed, spread=0.12)
 
 
@@ -62,6 +62,21 @@ def save_reward(folder: Path, seed: int = 1, kind: str = "Llama", **changes: Any
     """A sequence classifier of any architecture whose rewards vary by about one between candidates."""
     config = getattr(transformers, f"{kind}Config")(**{**COMMON, **changes, "num_labels": 1})
     return _save(AutoModelForSequenceClassification.from_config(config), folder, seed, spread=0.3)
+
+
+def save_adapter(folder: Path, base: Path, seed: int) -> Path:
+    """A LoRA adapter over `base` that changes its distributions by a nat or so."""
+    import peft
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.12)
+    adapted.save_pretrained(folder)
+    return folder
 
 
 def randomise(model: torch.nn.Module, seed: int, spread: float) -> torch.nn.Module:

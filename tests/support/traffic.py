@@ -56,6 +56,41 @@ def random_guidance(rng: random.Random, models: Sequence[str] = ("first", "secon
     return {"method": method, "reward_model": rng.choice(models), "end_token": rng.random() < 0.3, **strength}
 
 
+def random_policy_guidance(rng: random.Random) -> dict[str, Any]:
+    """Any guidance by the policies "expert" and "other" that the reference knows, gates and budgets included."""
+    policy = rng.choice(["expert", "other"])
+    estimator = rng.choice([{}, {}, {"estimator": "monte_carlo", "samples": 500}])
+    choices: list[dict[str, Any]] = [
+        {"method": "mixed", "policy": policy, "mix": rng.choice([0.0, 0.3, 1.0, 1.7])},
+        {"method": "mixed", "policy": policy, "mix": 0.8, "gate": random_gate(rng)},
+        {"method": "length_control", "policy": policy, "length": rng.randint(1, 12)},
+        {"method": "kl_threshold", "policy": policy, "threshold": round(rng.uniform(0.1, 2), 2), **estimator},
+        {"method": "kl_threshold", "policy": policy, "threshold": 1.0, "mix": 0.4},
+        {"method": "product", "policies": {"base": 1.0, "expert": 0.8, "other": -0.5}},
+        {"method": "product", "policies": {"expert": 0.6, "other": 0.5}, "kl_budget": round(rng.uniform(1, 9), 2)},
+        {**random_guidance(rng), "policies": {"base": 0.4, policy: 0.6}},
+        {**random_guidance(rng), "gate": random_gate(rng)},
+        {**random_guidance(rng), "kl_budget": round(rng.uniform(1, 9), 2), "trace": True},
+    ]
+    return rng.choice(choices)
+
+
+def any_guidance(rng: random.Random) -> dict[str, Any]:
+    """By reward models or by policies."""
+    return random_guidance(rng) if rng.random() < 0.4 else random_policy_guidance(rng)
+
+
+def random_gate(rng: random.Random) -> dict[str, Any]:
+    """One condition or two."""
+    conditions = [
+        {"first_tokens": rng.randint(1, 12)},
+        {"entropy_above": round(rng.uniform(1.0, 4.0), 2)},
+        {"kl_above": round(rng.uniform(0.1, 2), 2), "policy": rng.choice(["expert", "other"])},
+    ]
+    chosen = rng.sample(conditions, rng.choice([1, 1, 2]))
+    return {key: value for condition in chosen for key, value in condition.items()}
+
+
 async def ask(client: openai.AsyncOpenAI, asked: Asked) -> list[Answered]:
     """Sends one request; returns its choices."""
     extra: dict[str, Any] = {"return_token_ids": True}

@@ -1,0 +1,168 @@
+"""Policies: causal language models with the base's tokenizer, or adapters over the base, that read one token a step."""
+
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from steersman.guidance.auxiliary import (
+    CausalModel,
+    ModelRefused,
+    Prefix,
+    eager_attention,
+    find_head,
+    first_line,
+    require_safetensors,
+    verify,
+)
+from steersman.guidance.tokenizers import same_tokenizer, size_of
+
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
+class Policy:
+    """Next-token logits of a causal language model for every row, from one new token each."""
+
+    kind = "policy"
+
+    def __init__(self, model: Any, name: str, cache_bytes: int, max_rows: int = 64) -> None:
+        self.name = name
+        self.model = CausalModel(model, f"policy {name!r}", cache_bytes, max_rows, _language_head(model))
+        self.window = self.model.window
+
+        def evaluate(ids: torch.Tensor) -> torch.Tensor:
+            ids = ids.to(self.model.device)
+            with eager_attention(model):
+                return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
+
+        with torch.inference_mode():
+            verify(self.model, evaluate, model.config.get_text_config().vocab_size, candidates=0)
+
+    def read(self, prefixes: Sequence[Prefix]) -> tuple[torch.Tensor, list[int]]:
+        """Logits [G, V of the policy] float32 after each prefix, and the prefix tokens read for the first time beside
+        the last one. Raises Unscorable where a single prefix finds no room, CacheFull where one of several does."""
+        caught_up = self.model.catch_up(prefixes)
+        last = torch.tensor([[p.last] for p in prefixes], device=self.model.device)
+        outputs = self.model.step([p.key for p in prefixes], [len(p) for p in prefixes], last, branches=0)
+        return outputs[:, 0], caught_up
+
+    def release(self, key: Hashable, tokens: Sequence[int] | None = None, failed: bool = False) -> None:
+        """Forgets a request; with `tokens` later requests that begin alike may reuse its cache, unless it failed."""
+        self.model.release(key, tokens, failed)
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for users: kind, window, cache size, vocabulary."""
+        vocabulary = self.model.model.config.get_text_config().vocab_size
+        return {"name": self.name, "kind": self.kind, "vocabulary": vocabulary, **self.model.describe()}
+
+
+def load_policy(
+    name: str,
+    path: str,
+    base_path: str,
+    base_tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    cache_bytes: int = 256 * 2**20,
+    max_rows: int = 64,
+    trust_remote_code: bool = False,
+) -> Policy:
+    """Loads a causal language model, or an adapter (LoRA and other kinds that peft can merge) over the base.
+
+    base_path: the base model's own checkpoint, which an adapter is merged into.
+    Raises ModelRefused with the reason and the way out. Only safetensors are read.
+    """
+    inspect_policy(name, path, base_tokenizer, trust_remote_code)
+    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    try:
+        if is_adapter(path):
+            model = _merge_adapter(name, path, AutoModelForCausalLM.from_pretrained(base_path, **options))
+        else:
+            model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+            if missing := sorted(report["missing_keys"]):
+                raise ModelRefused(f"policy {name!r}: {path} lacks the weights {', '.join(missing[:3])}")
+    except ModelRefused:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelRefused(f"policy {name!r}: {path} cannot be loaded: {first_line(error)}") from error
+    return Policy(model.to(device), name, cache_bytes, max_rows)
+
+
+def inspect_policy(
+    name: str, path: str, base_tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
+) -> None:
+    """What can be said of a checkpoint without its weights; raises ModelRefused for what cannot be served."""
+    label = f"policy {name!r}"
+    adapter = is_adapter(path)
+    require_safetensors(path, label, _ADAPTER_CONFIG if adapter else "config.json")
+    if adapter:
+        _require_peft(label)
+        if not (Path(path) / "tokenizer_config.json").is_file():
+            return
+    else:
+        _require_language_head(label, path, trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelRefused(f"{label}: the tokenizer of {path} cannot be read: {first_line(error)}") from error
+    if not same_tokenizer(tokenizer, base_tokenizer):
+        raise ModelRefused(
+            f"{label}: {path} has another vocabulary than the base model ({size_of(tokenizer)} against "
+            f"{size_of(base_tokenizer)} tokens, or other ids); distributions can be combined only over the same "
+            "tokens: use a policy of the base model's family"
+        )
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a local folder holds a PEFT adapter."""
+    return (Path(path) / _ADAPTER_CONFIG).is_file()
+
+
+def _merge_adapter(name: str, path: str, base: Any) -> Any:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(base, path).merge_and_unload(safe_merge=True)
+    except Exception as error:  # peft raises what it likes for an adapter that does not fit
+        raise ModelRefused(
+            f"policy {name!r}: the adapter {path} does not fit the base model: {first_line(error)}"
+        ) from error
+
+
+def _require_peft(label: str) -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ModelRefused(f"{label}: an adapter needs the package peft; install it with pip install peft") from error
+
+
+def _require_language_head(label: str, path: str, trust_remote_code: bool) -> None:
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelRefused(f"{label}: {path} cannot be read: {first_line(error)}") from error
+    architectures = getattr(config, "architectures", None) or []
+    if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        raise ModelRefused(
+            f"{label}: {path} is a {', '.join(architectures) or 'model without an architecture'}, not a causal "
+            "language model (…ForCausalLM)"
+        )
+
+
+def _language_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The output layer and what some architectures do to logits after it."""
+    layer = find_head(model)
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        logits = layer(hidden)
+        if scale != 1.0:
+            logits = logits * scale
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return head
