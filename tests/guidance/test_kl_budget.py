@@ -1,0 +1,103 @@
+"""The KL budget: never exceeded, used up to the last step, and no weaker than it must be."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from steersman.guidance.generate import load_runtime
+from steersman.guidance.kl_budget import fit_budget
+from steersman.guidance.rows import Row
+from steersman.guidance.runtime import GuidanceRuntime
+from tests.support.oracle import plan_of
+from tests.support.tiny import VOCABULARY
+from tests.support.traffic import random_prompts
+
+
+@pytest.fixture(scope="module")
+def runtime(models: Path) -> GuidanceRuntime:
+    tokenizer = AutoTokenizer.from_pretrained(models / "base")
+    rewards = {"first": str(models / "first")}
+    return load_runtime(tokenizer, rewards, {"expert": str(models / "expert")}, cache_bytes=2**22)
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    seed = random.randrange(2**31)
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    return random.Random(seed)
+
+
+def test_rows_that_fit_keep_their_scores_bit_for_bit(rng: random.Random) -> None:
+    base = torch.randn(6, 40).log_softmax(-1)
+    scores = base + torch.randn(6, 40)
+    left = torch.tensor([torch.inf, 50.0] * 3)
+    fitted = fit_budget(scores, base, left)
+    assert torch.equal(fitted.scores, scores)
+    assert bool(fitted.fits.all())
+    assert not bool(fitted.ends.any())
+
+
+def test_rows_that_would_exceed_it_are_weakened_to_what_is_left(rng: random.Random) -> None:
+    base = torch.randn(8, 40).log_softmax(-1)
+    scores = base + 3 * torch.randn(8, 40)
+    left = torch.rand(8) * 0.5 + 0.01
+    fitted = fit_budget(scores, base, left)
+    p = fitted.scores.double().softmax(-1)
+    kl = (p * (p.log() - base.double())).sum(-1)
+    assert bool((kl <= left + 1e-5).all())
+    torch.testing.assert_close(kl, left.double(), rtol=1e-3, atol=1e-5)
+    # On the geometric path: log π_s − log π₀ is s times the whole change, up to a constant.
+    change, whole = fitted.scores - base, scores - base
+    strength = (change - change.mean(-1, keepdim=True)) / (whole - whole.mean(-1, keepdim=True))
+    torch.testing.assert_close(strength, strength[:, :1].expand(-1, 40), rtol=1e-2, atol=1e-3)
+
+
+def test_a_support_that_costs_more_than_is_left_ends_guidance(rng: random.Random) -> None:
+    base = torch.randn(3, 300).log_softmax(-1)
+    top = base.topk(2).values
+    fitted = fit_budget(top + torch.randn(3, 2), top, torch.full((3,), 0.05))
+    assert not bool(fitted.fits.any())
+    assert bool(fitted.ends.all())
+
+
+@pytest.mark.parametrize("budget", [0.3, 2.0, 6.0])
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        {"method": "pargs", "reward_model": "first", "beta": 2.0, "top_k": 20},
+        {"method": "mixed", "policy": "expert", "mix": 1.2},
+        {"method": "product", "policies": {"base": 1.0, "expert": 1.0}},
+    ],
+    ids=lambda g: g["method"],
+)
+def test_the_sum_of_the_positions_kl_never_exceeds_it_and_then_the_base_decodes(
+    runtime: GuidanceRuntime, rng: random.Random, guidance: dict, budget: float
+) -> None:
+    prompt = random_prompts(rng, 1)[0]
+    request = runtime.start("budget", plan_of({**guidance, "kl_budget": budget}), len(prompt))
+    row = Row(0, request, prompt, [])
+    spent, output, free = 0.0, [], []
+    for _ in range(30):
+        row.output = list(output)
+        logits = 2 * torch.randn(1, VOCABULARY)
+        guided = logits.clone()
+        runtime.step(guided, [row])
+        free.append(torch.equal(guided, logits))
+        p, q = guided.double().softmax(-1), logits.double().softmax(-1)
+        spent += float((p * (p / q).log()).nan_to_num(0.0).sum())
+        assert spent <= budget + 1e-4
+        output.append(int(torch.multinomial(guided.softmax(-1), 1)))
+    report = runtime.finish("budget", output)
+    assert report is not None
+    assert report.kl_spent is not None
+    assert report.kl_spent == pytest.approx(budget, abs=1e-5), "thirty tokens are enough to use it up"
+    assert spent <= report.kl_spent + 1e-4
+    ends = free.index(True)
+    assert all(free[ends:]), "the base decodes from then on"
+    assert report.guided_tokens == ends
+    saved = report.saved_reward_model_tokens + report.saved_policy_tokens
+    assert saved > 0, "models are spared once the budget is spent"
