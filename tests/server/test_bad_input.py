@@ -36,11 +36,128 @@ def _terms(param: str, *words: str, terms: Any) -> Bad:
     return Bad({"guidance": {"method": "pargs", "rewards": terms}}, param, words)
 
 
+def _policy(param: str, *words: str, **fields: Any) -> Bad:
+    return Bad({"guidance": {"method": "mixed", "policy": "expert", "mix": 0.5, **fields}}, param, words)
+
+
+def _threshold(param: str, *words: str, **fields: Any) -> Bad:
+    guidance = {"method": "kl_threshold", "policy": "expert", "threshold": 0.5, **fields}
+    return Bad({"guidance": guidance}, param, words)
+
+
+def _gate(param: str, *words: str, **gate: Any) -> Bad:
+    return _policy(f"guidance.gate{param}", *words, gate=gate)
+
+
+def _search(param: str, *words: str, method: str = "best_of_n", change: dict[str, Any] | None = None) -> Bad:
+    guidance = {"method": method, "reward_model": "first", "n": 2}
+    return Bad({"guidance": guidance, **(change or {})}, param, words)
+
+
+POLICIES = {
+    "unknown policy": _policy("guidance.policy", "'absent'", "expert", "other", policy="absent"),
+    "a reward model as policy": _policy("guidance.policy", "no policy 'first'", "expert", policy="first"),
+    "a policy as reward model": _field("guidance.reward_model", "no reward model 'expert'", reward_model="expert"),
+    "no policy": Bad({"guidance": {"method": "mixed", "mix": 0.5}}, "guidance.policy", ("required",)),
+    "no mix": Bad({"guidance": {"method": "mixed", "policy": "expert"}}, "guidance.mix", ("required",)),
+    "mix is NaN": _policy("guidance.mix", "finite", mix=NAN),
+    "mix is huge": _policy("guidance.mix", "less than or equal to 100", mix=1e9),
+    "mix with length_control": Bad(
+        {"guidance": {"method": "length_control", "policy": "expert", "length": 3, "mix": 1}},
+        "guidance.mix",
+        ("not a known field", "length"),
+    ),
+    "length is zero": Bad(
+        {"guidance": {"method": "length_control", "policy": "expert", "length": 0}},
+        "guidance.length",
+        ("greater than or equal to 1", "got 0"),
+    ),
+    "a gate and length_control": Bad(
+        {"guidance": {"method": "length_control", "policy": "expert", "length": 3, "gate": {"first_tokens": 2}}},
+        "guidance.gate",
+        ("a gate itself", '"mixed"'),
+    ),
+    "a gate and kl_threshold": _threshold("guidance.gate", "a gate itself", '"mixed"', gate={"first_tokens": 2}),
+    "threshold is negative": _threshold("guidance.threshold", "greater than or equal to 0", "-0.5", threshold=-0.5),
+    "unknown estimator": _threshold("guidance.estimator", "'exact'", "'monte_carlo'", estimator="guess"),
+    "samples of an exact KL": _threshold("guidance", "samples", "monte_carlo", samples=10),
+    "no samples": _threshold("guidance.samples", "greater than or equal to 1", estimator="monte_carlo", samples=0),
+    "too many samples": _threshold(
+        "guidance.samples", "less than or equal to 10000", estimator="monte_carlo", samples=10**6
+    ),
+    "a gate without a condition": _gate("", "first_tokens", "entropy_above", "kl_above"),
+    "a gate with an unknown condition": _gate(".last_tokens", "first_tokens", "entropy_above", last_tokens=3),
+    "a gate of no tokens": _gate(".first_tokens", "greater than or equal to 1", first_tokens=0),
+    "a negative entropy": _gate(".entropy_above", "greater than or equal to 0", entropy_above=-1.0),
+    "samples without kl_above": _gate("", "need kl_above", first_tokens=3, samples=10),
+    "a gate with an unknown policy": _gate(".policy", "'absent'", "expert", kl_above=0.1, policy="absent"),
+    "whose KL?": _field("guidance.gate.policy", "whose KL", "none", gate={"kl_above": 0.1}),
+    "a budget of zero": _policy("guidance.kl_budget", "greater than 0", "got 0", kl_budget=0),
+    "a budget without end": _policy("guidance.kl_budget", "finite", kl_budget=INFINITY),
+    "a product of nothing": Bad(
+        {"guidance": {"method": "product", "policies": {}}}, "guidance.policies", ("at least 1",)
+    ),
+    "a product with an unknown policy": Bad(
+        {"guidance": {"method": "product", "policies": {"base": 1, "absent": 1.0}}},
+        "guidance.policies.absent",
+        ("'absent'", "expert"),
+    ),
+    "a coefficient that is a string": Bad(
+        {"guidance": {"method": "product", "policies": {"base": "1"}}}, "guidance.policies.base", ("valid number",)
+    ),
+    "too many policies": Bad(
+        {"guidance": {"method": "product", "policies": {f"p{n}": 1.0 for n in range(9)}}},
+        "guidance.policies",
+        ("at most 8",),
+    ),
+    "answer exceeds the policy's window": Bad(
+        {"prompt": [7] * 60, "max_tokens": 5, "guidance": {"method": "mixed", "policy": "slim", "mix": 1.0}},
+        "max_tokens",
+        ("policy 'slim'", "64", "at most 4"),
+        (COMPLETIONS,),
+    ),
+    "best of one": Bad(
+        {"guidance": {"method": "best_of_n", "reward_model": "first", "n": 1}},
+        "guidance.n",
+        ("greater than or equal to 2",),
+    ),
+    "best of too many": Bad(
+        {"guidance": {"method": "best_of_n", "reward_model": "first", "n": 1000}},
+        "guidance.n",
+        ("less than or equal to 64",),
+    ),
+    "best of an unknown model": Bad(
+        {"guidance": {"method": "best_of_n", "reward_model": "absent", "n": 2}},
+        "guidance.reward_model",
+        ("'absent'", "first"),
+    ),
+    "greedy samples": _search("temperature", "alike", "above 0", change={"temperature": 0}),
+    "several best answers": _search("n", "best_of_n", "leave it at 1", change={"n": 2}),
+    "a grammar over blocks": _search(
+        "structured_outputs", "best_of_n", method="blockwise", change={"structured_outputs": {"choice": ["a", "b"]}}
+    ),
+    "a penalty over blocks": _search(
+        "presence_penalty", "blocks", "best_of_n", method="blockwise", change={"presence_penalty": 0.5}
+    ),
+    "an empty block": Bad(
+        {"guidance": {"method": "blockwise", "reward_model": "first", "n": 2, "block": 0}},
+        "guidance.block",
+        ("greater than or equal to 1",),
+    ),
+    "an unknown preset": Bad({"guidance": "gentle"}, "guidance", ("no preset 'gentle'", "steered", "blended")),
+    "a preset twice": Bad(
+        {"model": "base:steered", "guidance": GOOD}, "guidance", ("base:steered", "stands for a preset", "leave one")
+    ),
+    "beam search by a preset": Bad(
+        {"model": "base:blended", "guidance": None, "use_beam_search": True, "n": 2}, "use_beam_search", ("leave one",)
+    ),
+}
+
 BAD = {
+    **POLICIES,
     "guidance is a list": Bad({"guidance": [GOOD]}, "guidance", ("must be an object", "method")),
     "guidance is a number": Bad({"guidance": 7}, "guidance", ("7",)),
     "guidance is true": Bad({"guidance": True}, "guidance", ("True",)),
-    "guidance is a string": Bad({"guidance": "helpful"}, "guidance", ("helpful",)),
     "guidance is empty": Bad({"guidance": {}}, "guidance.method", ("is missing", *METHODS)),
     "no method": Bad({"guidance": {"reward_model": "first"}}, "guidance.method", ("is missing", *METHODS)),
     "unknown method": _field("guidance.method", "'steer'", *METHODS, method="steer"),
@@ -173,6 +290,13 @@ def test_routes_without_guidance_refuse_it(server: Server, path: str) -> None:
     error = _error(_send(server, path, {**body, "guidance": GOOD}))
     assert error["param"] == "guidance"
     assert path in error["message"]
+    assert COMPLETIONS in error["message"]
+
+
+@pytest.mark.parametrize("path", OTHER_ROUTES)
+def test_routes_without_guidance_refuse_models_that_stand_for_it(server: Server, path: str) -> None:
+    error = _error(_send(server, path, {"model": "base:steered", **OTHER_ROUTES[path]}))
+    assert error["param"] == "model"
     assert COMPLETIONS in error["message"]
 
 

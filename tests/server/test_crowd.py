@@ -7,7 +7,7 @@ import pytest
 
 from tests.server.polling import assert_no_block_stays_in_use
 from tests.support.server import Server
-from tests.support.traffic import Asked, ask, random_guidance, random_prompts
+from tests.support.traffic import Asked, any_guidance, ask, random_prompts
 
 
 @pytest.mark.parametrize("guided_share", [0.5, 1.0])
@@ -31,5 +31,5 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(server: Server, guide
 
 def _asked(rng: random.Random, prompt: list[int], guided_share: float) -> Asked:
     fields = {"temperature": rng.choice([0.7, 1.0, 1.3]), "seed": rng.randrange(2**31), "n": rng.choice([1, 1, 2])}
-    guidance = random_guidance(rng) if rng.random() < guided_share else None
+    guidance = any_guidance(rng) if rng.random() < guided_share else None
     return Asked(prompt, guidance, rng.randint(5, 30), fields)

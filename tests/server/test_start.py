@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from tests.support.server import test_environment
-from tests.support.tiny import build_tokenizer, save_reward
+from tests.support.tiny import build_tokenizer, save_base, save_reward
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,14 @@ class Refused:
 def _reward(*values: str, words: tuple[str, ...]) -> Refused:
     flags = [flag for value in values for flag in ("--reward-model", value)]
     return Refused(("{}/base", *flags), words)
+
+
+def _policy(*values: str, words: tuple[str, ...]) -> Refused:
+    return Refused(("{}/base", *(flag for value in values for flag in ("--policy", value))), words)
+
+
+def _presets(name: str, words: tuple[str, ...]) -> Refused:
+    return Refused(("{}/base", "--guidance-presets", f"{{}}/{name}"), words)
 
 
 BEFORE_START = {
@@ -42,7 +50,30 @@ BEFORE_START = {
     "no cache": Refused(("{}/base", "--guidance-cache", "0"), ("--guidance-cache 0", "positive")),
     "negative cache": Refused(("{}/base", "--guidance-cache", "-1"), ("--guidance-cache -1", "positive")),
 }
+BEFORE_START |= {
+    "missing policy": _policy("expert={}/absent", words=("policy 'expert'", "absent", "does not exist")),
+    "a reward model as policy": _policy("expert={}/first", words=("policy 'expert'", "ForCausalLM")),
+    "a policy of another vocabulary": _policy("expert={}/stranger", words=("'expert'", "another vocabulary", "family")),
+    "a policy called base": _policy("base={}/expert", words=("--policy base", "another")),
+    "a policy's name twice": _policy("a={}/expert", "a={}/other", words=("--policy a", "twice")),
+    "one name for two kinds": Refused(
+        ("{}/base", "--reward-model", "a={}/first", "--policy", "a={}/expert"), ("--policy a", "names must differ")
+    ),
+    "missing presets": _presets("absent.yaml", words=("absent.yaml",)),
+    "presets that are a list": _presets("list.yaml", words=("list.yaml", "mapping")),
+    "a preset with a bad name": _presets("name.yaml", words=("a:b", "is not a name")),
+    "a preset with a bad value": _presets("value.yaml", words=("strong", "guidance.beta", "greater than or equal")),
+    "a preset with an unknown model": _presets("model.yaml", words=("strong", "'absent'", "none")),
+}
 BY_COMMAND = ("missing path", "another tokenizer", "pickled weights")
+
+
+PRESETS = {
+    "list.yaml": "- {method: pargs, reward_model: first}",
+    "name.yaml": "'a:b': {method: pargs, reward_model: first}",
+    "value.yaml": "strong: {method: pargs, reward_model: first, beta: -1}",
+    "model.yaml": "strong: {method: pargs, reward_model: absent}",
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +85,9 @@ def checkpoints(models: Path) -> Path:
     _save_pickled(models / "pickled")
     kinds = {"attention_types": [[["global", "local"], 1]], "window_size": 16}
     save_reward(models / "neo", seed=7, kind="GPTNeo", num_layers=2, num_heads=2, **kinds)
+    build_tokenizer(vocabulary=300).save_pretrained(save_base(models / "stranger", seed=10))
+    for name, content in PRESETS.items():
+        (models / name).write_text(content)
     return models
 
 
@@ -63,7 +97,7 @@ def test_refusals_before_the_engine_starts(
 ) -> None:
     from steersman.server import serve
 
-    async def never(_: object) -> None:
+    async def never(*_: object) -> None:
         raise AssertionError("the engine would have been started")
 
     monkeypatch.setattr(serve, "serve", never)
