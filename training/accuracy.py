@@ -1,8 +1,8 @@
-"""How often a reward model puts the chosen response above the rejected, by how much of the two it sees."""
+"""How often a score puts the chosen response above the rejected, by how much of the two it sees."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -10,18 +10,30 @@ from transformers import PreTrainedModel
 from steersman.training.data import TokenizedPreference
 from steersman.training.prefixes import SHARES, cut, tokens_at
 
+Rows = Sequence[tuple[list[int], list[int]]]  # prompt and response, as token ids
+
 
 def accuracy_by_share(
     model: PreTrainedModel, rows: Sequence[TokenizedPreference], shares: Sequence[float] = SHARES
 ) -> dict[str, float]:
-    """Share of the longer response → accuracy, both responses cut at the same number of tokens; a tie counts half."""
-    return {f"{share:g}": _accuracy(model, rows, share) for share in shares}
+    """Of a reward model: share of the longer response → accuracy, as `accuracy_of` measures it."""
+    return accuracy_of(lambda cuts: score(model, [prompt + response for prompt, response in cuts]), rows, shares)
 
 
-def _accuracy(model: PreTrainedModel, rows: Sequence[TokenizedPreference], share: float) -> float:
+def accuracy_of(
+    scores: Callable[[Rows], torch.Tensor], rows: Sequence[TokenizedPreference], shares: Sequence[float] = SHARES
+) -> dict[str, float]:
+    """Share of the longer response → accuracy, both responses cut at the same number of tokens; a tie counts half.
+
+    scores: of N rows of prompt and response, [N].
+    """
+    return {f"{share:g}": _accuracy(scores, rows, share) for share in shares}
+
+
+def _accuracy(scores: Callable[[Rows], torch.Tensor], rows: Sequence[TokenizedPreference], share: float) -> float:
     cuts = [tokens_at(share, row.longer) for row in rows]
-    chosen = score(model, [row.prompt + cut(row.chosen, i) for row, i in zip(rows, cuts, strict=True)])
-    rejected = score(model, [row.prompt + cut(row.rejected, i) for row, i in zip(rows, cuts, strict=True)])
+    chosen = scores([(row.prompt, cut(row.chosen, i)) for row, i in zip(rows, cuts, strict=True)])
+    rejected = scores([(row.prompt, cut(row.rejected, i)) for row, i in zip(rows, cuts, strict=True)])
     right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
     return round(right.mean().item(), 4)
 
