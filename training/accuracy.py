@@ -10,32 +10,38 @@ from transformers import PreTrainedModel
 from steersman.training.data import TokenizedPreference
 from steersman.training.prefixes import SHARES, cut, tokens_at
 
-Rows = Sequence[tuple[list[int], list[int]]]  # prompt and response, as token ids
-
 
 def accuracy_by_share(
     model: PreTrainedModel, rows: Sequence[TokenizedPreference], shares: Sequence[float] = SHARES
 ) -> dict[str, float]:
     """Of a reward model: share of the longer response → accuracy, as `accuracy_of` measures it."""
-    return accuracy_of(lambda cuts: score(model, [prompt + response for prompt, response in cuts]), rows, shares)
+
+    def at_cuts(cuts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = score(model, [row.prompt + cut(row.chosen, i) for row, i in zip(rows, cuts, strict=True)])
+        rejected = score(model, [row.prompt + cut(row.rejected, i) for row, i in zip(rows, cuts, strict=True)])
+        return chosen, rejected
+
+    return accuracy_of(at_cuts, rows, shares)
 
 
 def accuracy_of(
-    scores: Callable[[Rows], torch.Tensor], rows: Sequence[TokenizedPreference], shares: Sequence[float] = SHARES
+    at_cuts: Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor]],
+    rows: Sequence[TokenizedPreference],
+    shares: Sequence[float] = SHARES,
 ) -> dict[str, float]:
     """Share of the longer response → accuracy, both responses cut at the same number of tokens; a tie counts half.
 
-    scores: of N rows of prompt and response, [N].
+    at_cuts: the scores of all chosen and of all rejected responses, [N] each, given where each of the N rows is cut.
     """
-    return {f"{share:g}": _accuracy(scores, rows, share) for share in shares}
-
-
-def _accuracy(scores: Callable[[Rows], torch.Tensor], rows: Sequence[TokenizedPreference], share: float) -> float:
-    cuts = [tokens_at(share, row.longer) for row in rows]
-    chosen = scores([(row.prompt, cut(row.chosen, i)) for row, i in zip(rows, cuts, strict=True)])
-    rejected = scores([(row.prompt, cut(row.rejected, i)) for row, i in zip(rows, cuts, strict=True)])
-    right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
-    return round(right.mean().item(), 4)
+    accuracy = {}
+    for share in shares:
+        cuts = [tokens_at(share, row.longer) for row in rows]
+        chosen, rejected = at_cuts(cuts)
+        # Responses that are equal up to the cut are a tie, whichever way rounding puts their scores.
+        equal = [cut(row.chosen, i) == cut(row.rejected, i) for row, i in zip(rows, cuts, strict=True)]
+        tie = torch.tensor(equal) | (chosen == rejected)
+        accuracy[f"{share:g}"] = round(torch.where(tie, 0.5, (chosen > rejected).double()).mean().item(), 4)
+    return accuracy
 
 
 @torch.inference_mode()

@@ -14,11 +14,10 @@ from transformers.trainer_utils import set_seed
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from steersman.training.accuracy import accuracy_of
 from steersman.training.checkpoints import round_weights, save_adapter, save_checkpoint, write_policy_card
 from steersman.training.configuration import ConfigError, load, one_line, run
 from steersman.training.data import TokenizedPreference, load_preferences
-from steersman.training.implicit_reward import implicit_reward
+from steersman.training.implicit_reward import implicit_accuracy
 from steersman.training.prefixes import cut, tokens_at
 
 
@@ -91,22 +90,17 @@ def truncated(rows: Sequence[TokenizedPreference], keep: float) -> Dataset:
     return Dataset.from_list(examples)
 
 
-def implicit_accuracy(
-    policy: PreTrainedModel,
-    reference: PreTrainedModel,
-    rows: Sequence[TokenizedPreference],
-    beta: float,
-    batch: int = 8,
-) -> dict[str, float]:
-    """Share of the longer response → how often the implicit reward puts chosen above rejected; a tie counts half."""
-    return accuracy_of(lambda cuts: implicit_reward(policy, reference, cuts, beta, batch), rows)
-
-
 class TokenizedDPOTrainer(DPOTrainer):
     """TRL's trainer over rows of token ids; its own preparation takes text only and ends every response."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """The columns of the dataset that are kept: those the collator reads, and the one that rows are grouped by."""
+        super()._set_signature_columns_if_needed()
+        if self.args.length_column_name not in self._signature_columns:
+            self._signature_columns.append(self.args.length_column_name)
 
 
 def _train(

@@ -18,7 +18,8 @@ from trl.trainer.dpo_config import DPOConfig
 from steersman.training import command
 from steersman.training.checkpoints import read_facts
 from steersman.training.data import TokenizedPreference, load_preferences
-from steersman.training.dpo import TokenizedDPOTrainer, implicit_accuracy, truncated
+from steersman.training.dpo import TokenizedDPOTrainer, truncated
+from steersman.training.implicit_reward import implicit_accuracy
 from steersman.training.world.grammar import draw_prompts
 from steersman.training.world.tokenizer import train_tokenizer
 
@@ -154,7 +155,7 @@ def test_the_loss_is_log_2_at_first_and_then_the_formula_s(
     "keys",
     [
         {},
-        {"keep": 0.5, "store": "bfloat16", "pairs": 48},
+        {"keep": 0.5, "store": "bfloat16", "pairs": 48, "train_sampling_strategy": "group_by_length"},
         {"loss_type": "ipo", "beta": 0.5},
         {"lora_rank": 4, "store": "bfloat16", "learning_rate": 5e-2},
     ],

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from steersman.training.accuracy import accuracy_of
 from steersman.training.data import TokenizedPreference
-from steersman.training.implicit_reward import implicit_reward, log_likelihood
+from steersman.training.implicit_reward import implicit_accuracy, implicit_reward
+from steersman.training.prefixes import SHARES, cut, tokens_at
 
 
 def new_model(seed: int) -> LlamaForCausalLM:
@@ -52,30 +52,36 @@ def test_it_is_the_sum_of_the_response_s_log_ratios(batch: int) -> None:
     torch.testing.assert_close(rewards.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-3)
 
 
-def test_equal_rows_have_equal_values_and_a_model_s_mode_stays() -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_is_its_own_reference_and_keeps_its_mode(training: bool) -> None:
     seed = random.randrange(2**31)
     print(f"seed {seed}")
-    model = new_model(seed).train()
-    rows = draw_rows(random.Random(seed), 30)
-    values = log_likelihood(model, rows + rows[::-1], batch=7)
-    assert torch.equal(values[:30], values[30:].flip(0))
-    assert model.training
-    assert not implicit_reward(model, model, rows, beta=0.1).any()
+    model = new_model(seed).train(training)
+    assert not implicit_reward(model, model, draw_rows(random.Random(seed), 30), beta=0.1).any()
+    assert model.training == training
 
 
-def test_responses_that_agree_up_to_the_cut_are_a_tie() -> None:
+def test_accuracy_by_share_is_that_of_the_rewards_of_cut_responses() -> None:
     seed = random.randrange(2**31)
     print(f"seed {seed}")
     rng = random.Random(seed)
-    rows = [
-        TokenizedPreference(prompt, [*opening, 3, 1], [*opening, 4, 5, 1])
-        for prompt, opening in ((prompt, [7] * rng.randint(10, 20)) for prompt, _ in draw_rows(rng, 20))
-    ]
     policy, reference = new_model(seed), new_model(seed + 1)
-    accuracy = accuracy_of(lambda cuts: implicit_reward(policy, reference, cuts, 0.1), rows, (0.1, 0.5))
-    assert accuracy == {"0.1": 0.5, "0.5": 0.5}
+    rows = []
+    for prompt, opening in draw_rows(rng, 40):  # some pairs share their first tokens: a tie at the shorter cuts
+        rows.append(TokenizedPreference(prompt, [*opening, 3, 1], [*opening[: rng.randint(0, 40)], 4, 5, 1]))
+    expected = {}
+    for share in SHARES:
+        cuts = [tokens_at(share, row.longer) for row in rows]
+        pairs = [(row.prompt, cut(row.chosen, i), cut(row.rejected, i)) for row, i in zip(rows, cuts, strict=True)]
+        chosen = implicit_reward(policy, reference, [(prompt, one) for prompt, one, _ in pairs], 0.1)
+        rejected = implicit_reward(policy, reference, [(prompt, two) for prompt, _, two in pairs], 0.1)
+        right = [
+            0.5 if one == two else float(a > b) for (_, one, two), a, b in zip(pairs, chosen, rejected, strict=True)
+        ]
+        expected[f"{share:g}"] = pytest.approx(sum(right) / len(right), abs=1e-4)
+    assert implicit_accuracy(policy, reference, rows, 0.1) == expected
 
 
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one token"):
-        log_likelihood(new_model(0), [([], [3, 4])])
+        implicit_reward(new_model(0), new_model(1), [([], [3, 4])], 0.1)
