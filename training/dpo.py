@@ -114,6 +114,7 @@ def _train(
     rank = arguments.lora_rank
     # An alpha of the rank scales the adapter by one, so that the learning rate alone says how far it goes.
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
+    use_cache = model.config.use_cache
     try:
         trainer = TokenizedDPOTrainer(
             model,
@@ -125,7 +126,9 @@ def _train(
         trainer.train()
     except (ValueError, NotImplementedError) as error:  # combinations of its settings that TRL refuses
         raise one_line(error) from error
-    return trainer.accelerator.unwrap_model(trainer.model)
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    policy.config.use_cache = use_cache  # switched off for training, and saved with the model that will generate
+    return policy
 
 
 def _check(arguments: DPOArguments) -> None:

@@ -182,6 +182,7 @@ def test_training_from_yaml_learns_and_saves_what_it_measured(
     else:
         policy = AutoModelForCausalLM.from_pretrained(out)
         assert policy.dtype == torch.float32
+        assert policy.config.use_cache
     tokenizer = AutoTokenizer.from_pretrained(out)
     rows = load_preferences(folder / "pairs.jsonl", tokenizer, 128)
     assert facts["accuracy"] == implicit_accuracy(policy, reference, rows, facts["beta"])
