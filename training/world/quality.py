@@ -30,7 +30,8 @@ def measure_writing(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt], seed: int
 ) -> dict[str, float]:
     """Of samples at temperature 1: copying of item and name (of the responses that name one), ends, gold reward."""
-    sampled = sample(model, tokenizer, [prompt.text for prompt in prompts], seed, "measured")
+    name = Path(model.name_or_path).name
+    sampled = sample(model, tokenizer, [prompt.text for prompt in prompts], seed, f"{name}: measured")
     responses = [tokenizer.decode(ids, skip_special_tokens=True) for ids in sampled]
     pairs = list(zip(prompts, responses, strict=True))
     items = [set(gold.items_in(text)) == {prompt.item} for prompt, text in pairs if gold.items_in(text)]
