@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,20 @@ from steersman.benchmarks.common import RESULTS, demo_server, read_prompts, writ
 from steersman.benchmarks.load import Load, Measurement, run_load
 from steersman.benchmarks.naive import measure_naive
 
-GUIDANCE = {"method": "pargs", "reward_model": "helpful", "beta": 1.5, "top_k": 10}
+GUIDANCE: dict[str, Any] = {"method": "pargs", "reward_model": "helpful", "beta": 1.5, "top_k": 10}
+METHODS: dict[str, dict[str, Any]] = {
+    "pargs": GUIDANCE,
+    "pargs, first 16 tokens": {**GUIDANCE, "gate": {"first_tokens": 16}},
+    "mixed": {"method": "mixed", "policy": "dpo", "mix": 0.7},
+    "length_control, 16 tokens": {"method": "length_control", "policy": "dpo", "length": 16},
+    "kl_threshold, exact": {"method": "kl_threshold", "policy": "dpo", "threshold": 0.5},
+    "kl_threshold, 1000 samples": {
+        **{"method": "kl_threshold", "policy": "dpo", "threshold": 0.5},
+        **{"estimator": "monte_carlo", "samples": 1000},
+    },
+    "product of base and policy": {"method": "product", "policies": {"base": 0.5, "dpo": 1.0}},
+    "pargs over a mixed policy": {**GUIDANCE, "policies": {"base": 0.5, "dpo": 0.5}},
+}
 CONCURRENCY = (1, 8, 32)
 LENGTHS = (32, 128, 512)
 _TOKENS = 128
@@ -49,29 +63,47 @@ def main(argv: Sequence[str]) -> int:
 
 
 def measure_level(url: str, prompts: list[str], concurrency: int, rounds: int, console: Console) -> dict[str, Any]:
-    """Plain and guided in turn, so that a slow spell of the machine falls on both."""
-    arms: dict[str, dict[bool, list[Measurement]]] = {n: {True: [], False: []} for n in ("plain", "guided")}
+    """Plain and every method in turn, so that a slow spell of the machine falls on all of them."""
+    arms: dict[str, list[Measurement]] = {name: [] for name in ("plain", *METHODS)}
+    streams: dict[str, list[Measurement]] = {"plain": [], "pargs": []}
     stages: list[dict[str, float]] = []
     for _ in track(range(rounds), f"concurrency {concurrency}", console=console):
-        for name, guidance in (("plain", None), ("guided", GUIDANCE)):
-            for stream in (False, True):
-                before = _work(url)
-                load = Load(concurrency, requests=max(2, 2 * concurrency), max_tokens=_TOKENS, stream=stream)
-                arms[name][stream].append(asyncio.run(run_load(url, prompts, guidance, load)))
-                if guidance is not None and not stream:
-                    after = _work(url)
-                    stages.append({key: after[key] - before[key] for key in after})
-    summary: dict[str, Any] = {name: _summarise(runs) for name, runs in arms.items()}
-    pairs = zip(arms["guided"][False], arms["plain"][False], strict=True)
-    ratios = [guided.tokens_per_second / plain.tokens_per_second for guided, plain in pairs]
-    summary |= {
+        for name in arms:
+            guidance, before = METHODS.get(name), _work(url)
+            load = Load(concurrency, requests=max(2, 2 * concurrency), max_tokens=_TOKENS)
+            arms[name].append(asyncio.run(run_load(url, prompts, guidance, load)))
+            if name == "pargs":
+                after = _work(url)
+                stages.append({key: after[key] - before[key] for key in after})
+            if name in streams:
+                streams[name].append(asyncio.run(run_load(url, prompts, guidance, replace(load, stream=True))))
+    summary: dict[str, Any] = {
         "concurrency": concurrency,
-        "throughput_ratio": statistics.median(ratios),
-        "throughput_ratios": ratios,
+        "plain": _summarise(arms["plain"], streams["plain"]),
+        "guided": _summarise(arms["pargs"], streams["pargs"]),
+        "methods": {name: _compare(arms[name], arms["plain"]) for name in METHODS},
+    }
+    summary |= {
+        "throughput_ratio": summary["methods"]["pargs"]["ratio"],
+        "throughput_ratios": summary["methods"]["pargs"]["ratios"],
         "gap_ratio": summary["guided"]["gap_median_ms"] / summary["plain"]["gap_median_ms"],
         "stages_ms": _stages(summary, stages, concurrency),
     }
     return summary
+
+
+def _compare(runs: list[Measurement], plain: list[Measurement]) -> dict[str, Any]:
+    """A method beside plain decoding, round by round, and the tokens that it read for each that it generated."""
+    ratios = [run.tokens_per_second / other.tokens_per_second for run, other in zip(runs, plain, strict=True)]
+    reports = [report for run in runs for report in run.reports]
+    generated = sum(report["tokens"] for report in reports)
+    fields = ("reward_model_tokens", "policy_tokens", "saved_reward_model_tokens", "saved_policy_tokens")
+    return {
+        "tokens_per_second": statistics.median(run.tokens_per_second for run in runs),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        **{f"{field}_per_token": sum(report[field] for report in reports) / generated for field in fields},
+    }
 
 
 def measure_work(url: str, prompts: list[str], length: int) -> dict[str, Any]:
@@ -96,6 +128,12 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
             f"{level['over_naive']:.0f}",
         )
     console.print(table)
+    methods = Table(
+        "method", *(f"at {level['concurrency']}" for level in result["levels"]), title="of plain throughput"
+    )
+    for name in METHODS:
+        methods.add_row(name, *(f"{level['methods'][name]['ratio']:.2f}" for level in result["levels"]))
+    console.print(methods)
     stages = Table("concurrency", *(name for name in result["levels"][0]["stages_ms"]), title="ms of a guided step")
     for level in result["levels"]:
         stages.add_row(str(level["concurrency"]), *(f"{value:.2f}" for value in level["stages_ms"].values()))
@@ -114,14 +152,22 @@ def plot(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), width_ratios=(1.8, 1))
     labels = [str(level["concurrency"]) for level in result["levels"]]
-    left.bar(labels, [level["throughput_ratio"] for level in result["levels"]], color="#2a6f97")
-    for n, level in enumerate(result["levels"]):
-        left.plot([n] * len(level["throughput_ratios"]), level["throughput_ratios"], "k.", markersize=4)
-    left.axhline(1, color="grey", linewidth=0.8)
-    left.set(xlabel="concurrent requests", ylabel="guided / plain throughput", ylim=(0, 1.1))
-    left.set_title("Throughput beside plain vLLM (dots: rounds)")
+    names, height = list(METHODS), 0.8 / len(labels)
+    for n, (level, colour) in enumerate(zip(result["levels"], ("#8ecae6", "#2a6f97", "#023047"), strict=False)):
+        places = [m + n * height for m in range(len(names))]
+        ratios = [level["methods"][name]["ratio"] for name in names]
+        left.barh(places, ratios, height, color=colour, label=f"{level['concurrency']} requests at once")
+        for place, name in zip(places, names, strict=True):
+            rounds = level["methods"][name]["ratios"]
+            left.plot(rounds, [place] * len(rounds), "k.", markersize=2)
+    left.set_yticks([m + height for m in range(len(names))], names)
+    left.invert_yaxis()
+    left.axvline(1, color="grey", linewidth=0.8)
+    left.set(xlabel="throughput over plain vLLM's (dots: rounds)", xlim=(0, 1.15))
+    left.legend(fontsize=8, loc="lower right")
+    left.set_title("Every method beside plain decoding")
     bottom = [0.0] * len(labels)
     for name, colour in zip(
         result["levels"][0]["stages_ms"], ("#adb5bd", "#f4a261", "#e76f51", "#2a9d8f", "#6c757d"), strict=False
@@ -130,16 +176,16 @@ def plot(result: dict[str, Any], path: Path) -> None:
         right.bar(labels, values, bottom=bottom, label=name, color=colour)
         bottom = [b + v for b, v in zip(bottom, values, strict=True)]
     right.set(xlabel="concurrent requests", ylabel="ms")
-    right.set_title("A guided step")
+    right.set_title("A step of pargs")
     right.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
-def _summarise(runs: dict[bool, list[Measurement]]) -> dict[str, float]:
-    gaps = sorted(gap for run in runs[True] for gap in run.gaps)
+def _summarise(runs: list[Measurement], streams: list[Measurement]) -> dict[str, float]:
+    gaps = sorted(gap for run in streams for gap in run.gaps)
     return {
-        "tokens_per_second": statistics.median(run.tokens_per_second for run in runs[False]),
+        "tokens_per_second": statistics.median(run.tokens_per_second for run in runs),
         "gap_median_ms": 1e3 * statistics.median(gaps),
         "gap_p95_ms": 1e3 * gaps[int(0.95 * len(gaps))],
     }

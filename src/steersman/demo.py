@@ -20,6 +20,8 @@ WORLD = Path(__file__).parent / "training" / "world"
 MODELS = WORLD / "models"
 REWARD_MODELS = {"helpful": "reward-partial", "full": "reward-full", "judge": "reward-evaluation"}
 """Names under which the demo serves its reward models; `judge` is trained apart and steers nothing."""
+POLICIES = {"dpo": "dpo"}
+PRESETS = WORLD / "presets.yaml"
 
 _START_LIMIT_S = 300
 _GUIDANCE = {"method": "pargs", "reward_model": "helpful", "beta": 2.0, "top_k": 10}
@@ -48,10 +50,13 @@ def demo_flags(port: int) -> list[str]:
     rewards = [
         flag for name, folder in REWARD_MODELS.items() for flag in ("--reward-model", f"{name}={MODELS / folder}")
     ]
+    policies = [flag for name, folder in POLICIES.items() for flag in ("--policy", f"{name}={MODELS / folder}")]
     return [
         *(str(MODELS / "base"), "--served-model-name", "demo", "--dtype", "float32", "--enforce-eager"),
         *("--max-model-len", "1024", "--max-num-seqs", "64", "--guidance-cache", "0.25", "--port", str(port)),
+        *("--guidance-presets", str(PRESETS)),
         *rewards,
+        *policies,
     ]
 
 
