@@ -101,7 +101,7 @@ class CausalReward:
         prefixes = [Prefix(object(), prompt, response) for response in responses]
         finite = False
         try:
-            read = self.model.catch_up(prefixes)
+            read = [self._read_prompt(prompt), *self.model.catch_up(prefixes)]
             last = torch.tensor([[p.last] for p in prefixes], device=self.model.device)
             outputs = self.model.step([p.key for p in prefixes], [len(p) for p in prefixes], last, branches=0)
             finite = bool(outputs.isfinite().all())
@@ -109,6 +109,13 @@ class CausalReward:
             for prefix in prefixes:
                 self.model.release(prefix.key, prefix.tokens(), failed=not finite)
         return outputs[:, 0, 0].tolist(), sum(read) + len(prefixes)
+
+    def _read_prompt(self, prompt: Sequence[int]) -> int:
+        """Leaves a prompt in the cache for those that begin with it; the tokens read."""
+        key = object()
+        read = self.model.prefill([(key, prompt)])[key]
+        self.model.release(key, prompt)
+        return read if isinstance(read, int) else 0
 
     def release(self, key: Hashable, tokens: Sequence[int] | None = None, failed: bool = False) -> None:
         """See RewardModel.release."""

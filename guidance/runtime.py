@@ -199,7 +199,8 @@ class GuidanceRuntime:
                 if bad:
                     names = [t.model for m, t in enumerate(s.formula.rewards) if not _finite(rewards[line, m])]
                     self._fail(
-                        s.row, f"reward model {', '.join(map(repr, names))} returned a reward that is not finite"
+                        s.row,
+                        f"reward model {', '.join(map(repr, names))} returned a reward that is not a finite number",
                     )
                 elif written:
                     s.position.step, s.position.line, s.position.formula = step, line, s.formula

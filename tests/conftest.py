@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from tests.support.server import Server
+from tests.support.server import V2_ENVIRONMENT, Server
 from tests.support.tiny import VOCABULARY, build_tokenizer, randomise, save_adapter, save_base, save_reward
 
 # A second thread beside a busy server slows the first one down many times over.
@@ -53,6 +53,15 @@ def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     """A server with all the reward models, room for few tokens of the base (so that requests are preempted), and
     prompts read in pieces of at most 64 tokens."""
     with Server(tmp_path_factory.mktemp("server") / "log", *serve_flags(models)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def server_v2(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same over Model Runner V2, whose kernels run in Triton's interpreter."""
+    log = tmp_path_factory.mktemp("v2") / "log"
+    with Server(log, *serve_flags(models), environment=V2_ENVIRONMENT) as running:
+        assert "Using V2 Model Runner" in log.read_text()
         yield running
 
 

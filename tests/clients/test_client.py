@@ -13,6 +13,7 @@ from steersman.clients.client import (
     Reward,
     RewardGuidance,
     Steersman,
+    TracedToken,
     guidance_of,
     pargs,
 )
@@ -63,6 +64,23 @@ def test_reports_are_frozen(client: Steersman) -> None:
     report = guidance_of(answer.choices[0])
     with pytest.raises(ValidationError):
         report.kl = 0.0  # type: ignore[misc,union-attr]
+
+
+def test_a_trace_is_typed(client: Steersman, seed: int) -> None:
+    answer = client.completions.create(
+        model="base", prompt="a lamp", max_tokens=6, seed=seed, guidance=pargs("first", top_k=4, trace=True)
+    )
+    report = guidance_of(answer.choices[0])
+    assert report is not None
+    assert report.trace is not None
+    assert len(report.trace) == report.tokens
+    for step in report.trace:
+        assert isinstance(step, TracedToken)
+        assert step.source == "guided"
+        assert len(step.candidates) == 4
+        chosen = next(c for c in step.candidates if c.token_id == step.token_id)
+        assert chosen.token == step.token
+        assert chosen.score - chosen.logprob == pytest.approx(step.kl, abs=1e-4)
 
 
 def test_streams_end_with_a_report(client: Steersman, seed: int) -> None:
@@ -135,6 +153,8 @@ def test_guidance_lists_what_the_server_offers(client: Steersman) -> None:
     assert set(models) == {"first", "second", "narrow", "broken", "text"}
     assert (models["narrow"].window, models["narrow"].kind, models["text"].kind) == (64, "causal", "text")
     assert offered.methods["pargs"]["properties"].keys() == RewardGuidance.model_fields.keys()
+    assert {"expert", "other"} <= {policy.name for policy in offered.policies}
+    assert offered.presets["blended"] == {"method": "mixed", "policy": "expert", "mix": 0.7}
     assert offered.limits["top_k"] >= 10
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from steersman.guidance.generate import GuidanceLogitsProcessor, load_runtime
 from steersman.guidance.request import GuidanceError
 from steersman.guidance.runtime import GuidanceRuntime
+from tests.support.distribution import CASES, DRAWS, check_draws
 from tests.support.oracle import load_oracle
 from tests.support.tiny import END
 from tests.support.traffic import random_guidance, random_policy_guidance, random_prompts
@@ -21,6 +22,15 @@ def runtime(models: Path) -> GuidanceRuntime:
     rewards = {name: str(models / name) for name in ("first", "second")}
     policies = {name: str(models / name) for name in ("expert", "other")}
     return load_runtime(tokenizer, rewards, policies, cache_bytes=2**22)
+
+
+@pytest.fixture(scope="module")
+def roomy_runtime(models: Path) -> GuidanceRuntime:
+    """With room for thousands of rows at once."""
+    tokenizer = AutoTokenizer.from_pretrained(models / "base")
+    rewards = {name: str(models / name) for name in ("first", "second")}
+    policies = {name: str(models / name) for name in ("expert", "other")}
+    return load_runtime(tokenizer, rewards, policies, cache_bytes=2**27)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +66,30 @@ def test_greedy_answers_and_reports_are_the_references_for_padded_prompts(
                 )
     for model in (*runtime.reward_models.values(), *runtime.policies.values()):
         assert model.describe()["cache_blocks_in_use"] == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sampled_tokens_follow_the_exact_distribution_and_no_other(
+    models: Path, roomy_runtime: GuidanceRuntime, base: torch.nn.Module, name: str
+) -> None:
+    seed = random.randrange(2**31)
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    prompt = [random.Random(seed).randrange(2, 300) for _ in range(3)]
+    guidance, right, wrong = CASES[name](load_oracle(models), prompt, 2)
+    draws: list[list[int]] = []
+    batch = 2000
+    while len(draws) < DRAWS:
+        processor = GuidanceLogitsProcessor(roomy_runtime, guidance, seed=len(draws))
+        ids = torch.tensor([prompt]).expand(batch, -1)
+        sequences = base.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=True, top_k=0,
+            logits_processor=[processor],
+        )  # fmt: skip
+        processor.finish(sequences)
+        answers = [row[len(prompt) :] for row in sequences.tolist()]
+        draws += [answer[:1] if answer[0] == END else answer for answer in answers]
+    check_draws(draws, right, wrong)
 
 
 def test_rows_without_guidance_keep_the_bases_scores_bit_for_bit(

@@ -2,15 +2,13 @@
 
 import asyncio
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.conftest import serve_flags
 from tests.support.oracle import Oracle, load_oracle
-from tests.support.server import V2_ENVIRONMENT, Server
+from tests.support.server import Server
 from tests.support.traffic import (
     Answered,
     Asked,
@@ -31,17 +29,9 @@ def oracle(models: Path) -> Oracle:
 
 
 @pytest.fixture(scope="module", params=["V1", "V2"])
-def interface(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, models: Path
-) -> Iterator[Server]:
-    """The server over each of vLLM's logits-processor interfaces; V2's kernels run in Triton's interpreter."""
-    if request.param == "V1":
-        yield request.getfixturevalue("server")
-        return
-    log = tmp_path_factory.mktemp("v2") / "log"
-    with Server(log, *serve_flags(models), environment=V2_ENVIRONMENT) as running:
-        assert "Using V2 Model Runner" in log.read_text()
-        yield running
+def interface(request: pytest.FixtureRequest) -> Server:
+    """The server over each of vLLM's logits-processor interfaces."""
+    return request.getfixturevalue("server" if request.param == "V1" else "server_v2")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ GUIDANCE = {"method": "pargs", "reward_model": "first", "beta": 1.5}
 GUIDED = {"guidance": GUIDANCE}
 HELLO = [{"role": "user", "content": "hello there"}]
 REPORT = {
-    *("method", "tokens", "guided_tokens", "interventions", "kl", "rewards", "reward_model_tokens", "policy_tokens")
+    *("method", "tokens", "guided_tokens", "interventions", "kl", "rewards", "reward_model_tokens", "policy_tokens"),
+    *("saved_reward_model_tokens", "saved_policy_tokens"),
 }
 SCHEMA = {
     "type": "object",
@@ -198,6 +199,12 @@ def test_guidance_tells_what_may_be_asked_for(server: Server) -> None:
         **{"first": ("causal", 512), "second": ("causal", 512), "narrow": ("causal", 64)},
         **{"broken": ("causal", 512), "text": ("text", 256)},
     }
+    policies = {policy["name"]: policy for policy in body["policies"]}
+    assert {name: (policy["kind"], policy["window"]) for name, policy in policies.items()} == {
+        **dict.fromkeys(("expert", "other", "adapter", "ill"), ("policy", 512)),
+        "slim": ("policy", 64),
+    }
+    models |= policies
     assert body["limits"]["top_k"] == MAX_TOP_K
     for name, tokens in body["limits"]["cache_tokens"].items():
         assert tokens == models[name]["cache_blocks"] * models[name]["block_size"] > 0
