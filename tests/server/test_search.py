@@ -87,6 +87,7 @@ def test_streams_are_the_whole_answer_piece_by_piece(
     streamed, reported = pieces[-1].guidance, whole.choices[0].guidance  # type: ignore[attr-defined]
     # What the first of the two has read is found in the reward model's cache by the second.
     assert streamed.pop("reward_model_tokens") < reported.pop("reward_model_tokens")
+    assert streamed.pop("rewards") == pytest.approx(reported.pop("rewards"), rel=1e-4)
     assert streamed == reported
     if guidance["method"] == "blockwise" and len(whole.choices[0].logprobs.tokens) > 4:  # type: ignore[union-attr, arg-type]
         assert len(pieces) > 1, "blocks are sent as they are chosen"
