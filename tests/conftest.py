@@ -1,5 +1,6 @@
 """Servers that several rooms of tests share: starting one takes half a minute."""
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,15 @@ steered: {method: pargs, reward_model: first, beta: 1.5}
 blended: {method: mixed, policy: expert, mix: 0.7}
 picked: {method: best_of_n, reward_model: first, n: 4}
 """
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    """Fresh random input; what it was is printed when a test fails. Seeds torch as well."""
+    seed = random.randrange(2**31)
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    return random.Random(seed)
 
 
 @pytest.fixture(scope="session")

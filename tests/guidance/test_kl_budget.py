@@ -23,14 +23,6 @@ def runtime(models: Path) -> GuidanceRuntime:
     return load_runtime(tokenizer, rewards, {"expert": str(models / "expert")}, cache_bytes=2**22)
 
 
-@pytest.fixture
-def rng() -> random.Random:
-    seed = random.randrange(2**31)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
-
-
 def test_rows_that_fit_keep_their_scores_bit_for_bit(rng: random.Random) -> None:
     base = torch.randn(6, 40).log_softmax(-1)
     scores = base + torch.randn(6, 40)

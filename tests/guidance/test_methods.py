@@ -34,7 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "method": "pargs", "reward_model": "first", "policies": {"base": 0.4, "expert": 0.6}, "beta": 1.2,
     },
     "gated pargs": {"method": "pargs", "reward_model": "first", "gate": {"first_tokens": 4, "entropy_above": 0.5}},
-    "pargs with a budget": {"method": "pargs", "reward_model": "first", "kl_budget": 1.0},
+    "pargs with a budget": {"method": "pargs", "reward_model": "first", "kl_budget": 6.0},
     "mixed with a budget": {"method": "mixed", "policy": "expert", "mix": 1.0, "kl_budget": 0.2},
 }  # fmt: skip
 
@@ -45,14 +45,6 @@ def runtime(models: Path) -> GuidanceRuntime:
     rewards = {name: str(models / name) for name in ("first", "second")}
     policies = {name: str(models / name) for name in ("expert", "other", "ill")}
     return load_runtime(tokenizer, rewards, policies, cache_bytes=2**22)
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    seed = random.randrange(2**31)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
 
 
 @pytest.fixture(autouse=True)

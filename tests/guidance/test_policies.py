@@ -35,14 +35,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def rng() -> random.Random:
-    seed = random.randrange(2**31)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
-
-
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_are_those_of_plain_forwards_token_after_token(name: str, rng: random.Random) -> None:
     config = getattr(transformers, f"{name}Config")(**{**COMMON, **ARCHITECTURES[name]})

@@ -30,14 +30,6 @@ def runtime(models: Path) -> GuidanceRuntime:
     return load_runtime(tokenizer, {n: str(models / n) for n in (*NAMES, "text")}, cache_bytes=2**22)
 
 
-@pytest.fixture
-def rng() -> random.Random:
-    seed = random.randrange(2**31)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(runtime: GuidanceRuntime) -> Iterator[None]:
     yield

@@ -23,13 +23,6 @@ NEIGHBOURS = [
 ]
 
 
-@pytest.fixture
-def rng() -> random.Random:
-    seed = random.randrange(2**31)
-    print(f"seed {seed}")
-    return random.Random(seed)
-
-
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("n", [1, 2])
 def test_the_poisoned_request_fails_and_names_the_model(

@@ -35,13 +35,6 @@ def client(server: Server) -> openai.OpenAI:
     return server.client
 
 
-@pytest.fixture
-def rng() -> random.Random:
-    seed = random.randrange(2**31)
-    print(f"seed {seed}")
-    return random.Random(seed)
-
-
 def test_every_choice_of_every_prompt_carries_its_report(client: openai.OpenAI, rng: random.Random) -> None:
     prompts = [_prompt(rng) for _ in range(3)]
     answer = client.completions.create(

@@ -14,13 +14,6 @@ from tests.support.oracle import causal_rewards
 from tests.support.server import Server
 
 
-@pytest.fixture
-def rng() -> random.Random:
-    seed = random.randrange(2**31)
-    print(f"seed {seed}")
-    return random.Random(seed)
-
-
 def test_the_best_of_n_samples_is_returned_and_all_of_them_are_counted(
     server: Server, models: Path, rng: random.Random
 ) -> None:

@@ -1,6 +1,5 @@
 """`steersman train dpo`: what TRL is fed, its loss against the formula, and training from end to end on tiny models."""
 
-import json
 import math
 import random
 from fractions import Fraction
@@ -9,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from trl.trainer.dpo_config import DPOConfig
 
 from steersman.training import command
@@ -20,12 +18,9 @@ from steersman.training.checkpoints import read_facts
 from steersman.training.data import TokenizedPreference, load_preferences
 from steersman.training.dpo import TokenizedDPOTrainer, truncated
 from steersman.training.implicit_reward import implicit_accuracy
-from steersman.training.world.grammar import draw_prompts
-from steersman.training.world.tokenizer import train_tokenizer
+from tests.support.training import VOCABULARY, write_config, write_task
 
-KIND = (" You are kind .", " We thank you .", " You are very kind and we thank you .")
-RUDE = (" You are rude .", " We blame you .", " You are very rude and we blame you .")
-EOS, VOCABULARY = 1, 500
+EOS = 1
 
 
 @pytest.fixture
@@ -37,45 +32,7 @@ def seed() -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`model` (a random causal language model with tokenizer) and `pairs.jsonl`, in which kind words win."""
-    folder = tmp_path_factory.mktemp("dpo")
-    prompts = [prompt.text for prompt in draw_prompts("base", 600)]
-    tokenizer = train_tokenizer([*prompts, *KIND, *RUDE], vocabulary=VOCABULARY)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=128, pad_token_id=0, eos_token_id=EOS, bos_token_id=None, tie_word_embeddings=True,
-        initializer_range=0.1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    rows = [
-        {"prompt": prompt, "chosen": KIND[n % 3], "rejected": RUDE[n // 3 % 3]} for n, prompt in enumerate(prompts[:64])
-    ]
-    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    return folder
-
-
-def write_config(folder: Path, **keys: Any) -> Path:
-    config = {
-        "model": str(folder / "model"),
-        "train_file": str(folder / "pairs.jsonl"),
-        "validation_file": str(folder / "pairs.jsonl"),
-        "output_dir": str(folder / "trained"),
-        "num_train_epochs": 3,
-        "per_device_train_batch_size": 16,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config | keys), encoding="utf-8")
-    return path
+    return write_task(tmp_path_factory.mktemp("dpo"), initializer_range=0.1)
 
 
 def draw_rows(seed: int, count: int) -> list[TokenizedPreference]:
