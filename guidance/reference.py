@@ -95,8 +95,8 @@ def reference_step(
         step = ReferenceStep(mix(base, policy, guidance.mix), base, True)
     else:
         step = closed
-    if step.guided and step.kl > left:
-        step = _weaken(step, left)
+    if step.guided and guidance.kl_budget is not None:
+        step = _fade(step, left, left / guidance.kl_budget)
     return replace(step, doubt=doubt)
 
 
@@ -212,10 +212,14 @@ def _above(value: float, threshold: float) -> tuple[bool, float]:
     return value > threshold, abs(value - threshold)
 
 
-def _weaken(step: ReferenceStep, left: float) -> ReferenceStep:
-    """The strongest of π₀^(1−s) π^s on the support that costs at most `left` nats; π₀ if none does."""
+def _fade(step: ReferenceStep, left: float, share: float) -> ReferenceStep:
+    """π₀^(1−s) π^s on the support with s = `share` of the budget, or the largest below it that costs at most `left`
+    nats; π₀ if none does."""
     support = step.logprobs > -torch.inf
-    low, high = 0.0, 1.0
+    faded = _between(step, support, share)
+    if _kl(faded, step.base_logprobs) <= left:
+        return replace(step, logprobs=faded)
+    low, high = 0.0, share
     for _ in range(60):
         middle = (low + high) / 2
         at = _between(step, support, middle)

@@ -91,8 +91,8 @@ class _Steered(_Strict):
     kl_budget: _Finite | None = Field(
         None,
         gt=0.0,
-        description="Bound on Σ KL(π‖π₀) over the answer's positions, in nats: the step that would exceed it is "
-        "weakened to fit, and from then on the base model decodes.",
+        description="Bound on Σ KL(π‖π₀) over the answer's positions, in nats: guidance fades with the share of it "
+        "that is left.",
     )
     trace: bool = Field(False, description="Report every token: candidates, scores, KL, and what was sampled from.")
 

@@ -1,4 +1,4 @@
-"""The KL budget: never exceeded, used up to the last step, and no weaker than it must be."""
+"""The KL budget: never exceeded on any path, and guidance fades with the share that is left."""
 
 import random
 from pathlib import Path
@@ -23,21 +23,24 @@ def runtime(models: Path) -> GuidanceRuntime:
     return load_runtime(tokenizer, rewards, {"expert": str(models / "expert")}, cache_bytes=2**22)
 
 
-def test_rows_that_fit_keep_their_scores_bit_for_bit(rng: random.Random) -> None:
+def test_a_full_budget_leaves_the_distribution_and_half_of_it_halves_the_strength(rng: random.Random) -> None:
     base = torch.randn(6, 40).log_softmax(-1)
     scores = base + torch.randn(6, 40)
-    left = torch.tensor([torch.inf, 50.0] * 3)
-    fitted = fit_budget(scores, base, left)
-    assert torch.equal(fitted.scores, scores)
-    assert bool(fitted.fits.all())
-    assert not bool(fitted.ends.any())
+    budget = torch.full((6,), 60.0)
+    whole = fit_budget(scores, base, budget, budget)
+    torch.testing.assert_close(whole.scores.softmax(-1), scores.softmax(-1))
+    half = fit_budget(scores, base, budget / 2, budget)
+    torch.testing.assert_close(half.scores.softmax(-1), ((scores + base) / 2).softmax(-1))
+    assert bool((half.kl < whole.kl).all())
+    assert not bool((whole.ends | half.ends).any())
 
 
 def test_rows_that_would_exceed_it_are_weakened_to_what_is_left(rng: random.Random) -> None:
     base = torch.randn(8, 40).log_softmax(-1)
     scores = base + 3 * torch.randn(8, 40)
     left = torch.rand(8) * 0.5 + 0.01
-    fitted = fit_budget(scores, base, left)
+    fitted = fit_budget(scores, base, left, left)
+    assert bool(fitted.ends.all())
     p = fitted.scores.double().softmax(-1)
     kl = (p * (p.log() - base.double())).sum(-1)
     assert bool((kl <= left + 1e-5).all())
@@ -51,7 +54,8 @@ def test_rows_that_would_exceed_it_are_weakened_to_what_is_left(rng: random.Rand
 def test_a_support_that_costs_more_than_is_left_ends_guidance(rng: random.Random) -> None:
     base = torch.randn(3, 300).log_softmax(-1)
     top = base.topk(2).values
-    fitted = fit_budget(top + torch.randn(3, 2), top, torch.full((3,), 0.05))
+    left = torch.full((3,), 0.05)
+    fitted = fit_budget(top + torch.randn(3, 2), top, left, left)
     assert not bool(fitted.fits.any())
     assert bool(fitted.ends.all())
 
@@ -66,7 +70,7 @@ def test_a_support_that_costs_more_than_is_left_ends_guidance(rng: random.Random
     ],
     ids=lambda g: g["method"],
 )
-def test_the_sum_of_the_positions_kl_never_exceeds_it_and_then_the_base_decodes(
+def test_the_sum_of_the_positions_kl_never_exceeds_it(
     runtime: GuidanceRuntime, rng: random.Random, guidance: dict, budget: float
 ) -> None:
     prompt = random_prompts(rng, 1)[0]
@@ -86,10 +90,10 @@ def test_the_sum_of_the_positions_kl_never_exceeds_it_and_then_the_base_decodes(
     report = runtime.finish("budget", output)
     assert report is not None
     assert report.kl_spent is not None
-    assert report.kl_spent == pytest.approx(budget, abs=1e-5), "thirty tokens are enough to use it up"
+    assert 0.5 * budget < report.kl_spent <= budget + 1e-5, "thirty tokens use most of it"
     assert spent <= report.kl_spent + 1e-4
-    ends = free.index(True)
-    assert all(free[ends:]), "the base decodes from then on"
-    assert report.guided_tokens == ends
-    saved = report.saved_reward_model_tokens + report.saved_policy_tokens
-    assert saved > 0, "models are spared once the budget is spent"
+    if True in free:
+        ends = free.index(True)
+        assert all(free[ends:]), "once it is spent the base decodes"
+        assert report.guided_tokens == ends
+        assert report.saved_reward_model_tokens + report.saved_policy_tokens > 0, "and models are spared"
