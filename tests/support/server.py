@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import openai
 
-_START_LIMIT_S = 240
+_START_LIMIT_S = 400
 
 V2_ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "1",
