@@ -1,8 +1,8 @@
-"""How often a reward model puts the chosen response above the rejected, by how much of the two it sees."""
+"""How often a score puts the chosen response above the rejected, by how much of the two it sees."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -14,16 +14,34 @@ from steersman.training.prefixes import SHARES, cut, tokens_at
 def accuracy_by_share(
     model: PreTrainedModel, rows: Sequence[TokenizedPreference], shares: Sequence[float] = SHARES
 ) -> dict[str, float]:
-    """Share of the longer response → accuracy, both responses cut at the same number of tokens; a tie counts half."""
-    return {f"{share:g}": _accuracy(model, rows, share) for share in shares}
+    """Of a reward model: share of the longer response → accuracy, as `accuracy_of` measures it."""
+
+    def at_cuts(cuts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = score(model, [row.prompt + cut(row.chosen, i) for row, i in zip(rows, cuts, strict=True)])
+        rejected = score(model, [row.prompt + cut(row.rejected, i) for row, i in zip(rows, cuts, strict=True)])
+        return chosen, rejected
+
+    return accuracy_of(at_cuts, rows, shares)
 
 
-def _accuracy(model: PreTrainedModel, rows: Sequence[TokenizedPreference], share: float) -> float:
-    cuts = [tokens_at(share, row.longer) for row in rows]
-    chosen = score(model, [row.prompt + cut(row.chosen, i) for row, i in zip(rows, cuts, strict=True)])
-    rejected = score(model, [row.prompt + cut(row.rejected, i) for row, i in zip(rows, cuts, strict=True)])
-    right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
-    return round(right.mean().item(), 4)
+def accuracy_of(
+    at_cuts: Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor]],
+    rows: Sequence[TokenizedPreference],
+    shares: Sequence[float] = SHARES,
+) -> dict[str, float]:
+    """Share of the longer response → accuracy, both responses cut at the same number of tokens; a tie counts half.
+
+    at_cuts: the scores of all chosen and of all rejected responses, [N] each, given where each of the N rows is cut.
+    """
+    accuracy = {}
+    for share in shares:
+        cuts = [tokens_at(share, row.longer) for row in rows]
+        chosen, rejected = at_cuts(cuts)
+        # Responses that are equal up to the cut are a tie, whichever way rounding puts their scores.
+        equal = [cut(row.chosen, i) == cut(row.rejected, i) for row, i in zip(rows, cuts, strict=True)]
+        tie = torch.tensor(equal) | (chosen == rejected)
+        accuracy[f"{share:g}"] = round(torch.where(tie, 0.5, (chosen > rejected).double()).mean().item(), 4)
+    return accuracy
 
 
 @torch.inference_mode()

@@ -34,9 +34,24 @@ def save_checkpoint(
     model.to(getattr(torch, computes_in))
 
 
+def save_adapter(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path, facts: dict[str, Any], *, store: str = "float32"
+) -> None:
+    """Writes a PEFT model's adapter in `store` precision, and the facts in a config.json of the model it belongs to."""
+    computes_in = str(model.dtype).removeprefix("torch.")
+    # Embeddings are not adapted; left to itself, PEFT asks the Hub whether they were resized.
+    model.to(getattr(torch, store)).save_pretrained(folder, save_embedding_layers=False)
+    model.to(getattr(torch, computes_in))
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (Path(folder) / "adapter_model.safetensors").chmod(0o644)  # written readable by its owner only
+    _set_config(folder, "dtype", computes_in)
+    _set_config(folder, FACTS, facts)
+
+
 def round_weights(model: PreTrainedModel, store: str) -> None:
-    """Rounds the weights, in place, to what a file of `store` precision keeps; the model's own precision stays."""
-    for parameter in model.parameters():
+    """Rounds what was trained, in place, to what a file of `store` precision keeps; the model's own precision stays."""
+    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
         parameter.data = parameter.data.to(getattr(torch, store)).to(parameter.dtype)
 
 
@@ -62,18 +77,41 @@ def write_reward_card(folder: str | Path, name: str, facts: dict[str, Any]) -> N
         f"Loss: {facts['loss']}. Learning rate {facts['learning_rate']:g}, {facts['epochs']:g} epochs, "
         f"batch {facts['batch']}, seed {facts['seed']}.",
     ]
-    if "accuracy" in facts:
-        shares = facts["accuracy"].items()
-        lines += [
-            "",
-            f"Accuracy on {facts['validation_pairs']} held-out labels, both responses cut at the same token:",
-            "",
-            "| share of the longer response | " + " | ".join(f"{100 * float(share):g} %" for share, _ in shares) + " |",
-            "|---|" + "---|" * len(facts["accuracy"]),
-            "| accuracy | " + " | ".join(f"{value:.3f}" for _, value in shares) + " |",
-        ]
-    lines += ["", "```", f"steersman serve MODEL --reward-model {name}=PATH_OF_THIS_FOLDER", "```", ""]
+    lines += [*_accuracy_table(facts), ""]
+    lines += ["```", f"steersman serve MODEL --reward-model {name}=PATH_OF_THIS_FOLDER", "```", ""]
     (Path(folder) / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def write_policy_card(folder: str | Path, name: str, facts: dict[str, Any]) -> None:
+    """A short README.md: what the policy was trained on, how well its implicit reward does, how to serve it."""
+    seen = "whole responses" if facts["keep"] == 1 else f"the first {100 * facts['keep']:g} % of every response"
+    trained = f"LoRA adapter of rank {facts['lora_rank']}" if "lora_rank" in facts else "All weights"
+    lines = [
+        f"# {name}",
+        "",
+        f"Policy trained by direct preference optimisation on {seen} ({facts['pairs']} pairs), starting from "
+        f"`{facts['model']}`, which is its reference.",
+        f"{trained}. Loss: {facts['loss']}, β {facts['beta']:g}. Learning rate {facts['learning_rate']:g}, "
+        f"{facts['epochs']:g} epochs, batch {facts['batch']}, seed {facts['seed']}.",
+        *_accuracy_table(facts, of=" of the implicit reward β log π/π_ref"),
+    ]
+    lines += ["", "```", f"steersman serve MODEL --policy {name}=PATH_OF_THIS_FOLDER", "```", ""]
+    (Path(folder) / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _accuracy_table(facts: dict[str, Any], of: str = "") -> list[str]:
+    """Lines of Markdown, none where nothing was measured."""
+    if "accuracy" not in facts:
+        return []
+    shares = facts["accuracy"].items()
+    return [
+        "",
+        f"Accuracy{of} on {facts['validation_pairs']} held-out labels, both responses cut at the same token:",
+        "",
+        "| share of the longer response | " + " | ".join(f"{100 * float(share):g} %" for share, _ in shares) + " |",
+        "|---|" + "---|" * len(facts["accuracy"]),
+        "| accuracy | " + " | ".join(f"{value:.3f}" for _, value in shares) + " |",
+    ]
 
 
 def _set_config(folder: str | Path, key: str, value: Any) -> None:

@@ -6,7 +6,10 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-_KINDS = {"reward": ("steersman.training.reward", "a reward model, on whole responses or on prefixes")}
+_KINDS = {
+    "reward": ("steersman.training.reward", "a reward model, on whole responses or on prefixes"),
+    "dpo": ("steersman.training.dpo", "a policy by direct preference optimisation, on responses or their beginnings"),
+}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-import yaml
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
-from trl.scripts.utils import TrlParser
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer, suppress_seqcls_warning
 
 from steersman.training.accuracy import accuracy_by_share
 from steersman.training.checkpoints import round_weights, save_checkpoint, write_reward_card
-from steersman.training.data import DataError, TokenizedPreference, load_preferences
+from steersman.training.configuration import ConfigError, load, run
+from steersman.training.data import TokenizedPreference, load_preferences
 from steersman.training.prefixes import cut, draw_cuts, draw_subset
 from steersman.training.reward_trainer import PrefixCollator, PrefixRewardTrainer
-
-
-class ConfigError(ValueError):
-    """A configuration that can't be run; the message is one line for its author."""
 
 
 @dataclass
@@ -56,17 +50,13 @@ class RewardArguments:
 
 def main(argv: Sequence[str]) -> int:
     """Runs `steersman train reward` with these arguments; 2 for an error in what the user gave."""
-    try:
-        arguments, config = _parse(argv)
-        train_reward(arguments, config)
-    except (ConfigError, DataError) as error:
-        print(f"steersman train reward: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run("reward", RewardArguments, RewardConfig, train_reward, argv)
 
 
 def train_reward(arguments: RewardArguments, config: RewardConfig) -> dict[str, Any]:
     """Trains, measures and saves a reward model; returns the facts that its config.json carries."""
+    if arguments.subset_ratio <= 0 or arguments.prefixes_per_pair < 1:
+        raise ConfigError("subset_ratio is above 0 and prefixes_per_pair at least 1")
     set_seed(config.seed)
     model, tokenizer = _load(arguments.model)
     window = config.max_length or tokenizer.model_max_length
@@ -133,35 +123,10 @@ def _trainer(
     return RewardTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
 
 
-def _parse(argv: Sequence[str]) -> tuple[RewardArguments, RewardConfig]:
-    parser = _Parser((RewardArguments, RewardConfig), prog="steersman train reward")
-    try:
-        arguments, config = parser.parse_args_and_config(argv)
-    except (ValueError, TypeError, OSError, yaml.YAMLError, IndexError) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
-    if arguments.subset_ratio <= 0 or arguments.prefixes_per_pair < 1:
-        raise ConfigError("subset_ratio is above 0 and prefixes_per_pair at least 1")
-    for name, hint in get_type_hints(RewardArguments).items():
-        # argparse checks the choices of flags only, not those of a file.
-        if get_origin(hint) is Literal and getattr(arguments, name) not in get_args(hint):
-            raise ConfigError(f"{name} is one of {', '.join(get_args(hint))}, not {getattr(arguments, name)!r}")
-    return arguments, config
-
-
-class _Parser(TrlParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, where argparse would print the usage of all of TRL's flags before it."""
-        raise ConfigError(message)
-
-
 def _load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A classifier of one label, in float32, and its tokenizer with a padding token that is not the end token."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        with suppress_seqcls_warning():
-            model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="float32")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} can't be loaded: {str(error).splitlines()[0]}") from None
+    with suppress_seqcls_warning():
+        model, tokenizer = load(path, AutoModelForSequenceClassification, num_labels=1)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # A classifier pools at the last token that is not padding: the end token would never be scored.
         raise ConfigError(f"{path}: the tokenizer needs a padding token of its own, other than the end token")

@@ -28,3 +28,8 @@ def test_partial_and_full_differ_only_in_objective() -> None:
     partial, full = (read(CONFIGS / f"{name}.yaml") for name in REWARD_MODELS[:2])
     differing = {key for key in partial.keys() | full.keys() if partial.get(key) != full.get(key)}
     assert differing == {"objective", "output_dir", "prefixes", "prefixes_per_pair"}
+
+
+def test_dpo_starts_from_the_base_and_trains_on_whole_responses() -> None:
+    config = read(CONFIGS / "dpo.yaml")
+    assert (config["model"], config["output_dir"], config["keep"]) == ("models/base", "models/dpo", 1.0)

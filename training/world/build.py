@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from steersman.training import reward
+from steersman.training import dpo, reward
 from steersman.training.checkpoints import add_facts, save_checkpoint
 from steersman.training.world.grammar import Split, draw_prompts
 from steersman.training.world.language_model import (
@@ -34,7 +34,7 @@ from steersman.training.world.language_model import (
     train_language_model,
 )
 from steersman.training.world.pairs import agreement, draw_pairs, read_rows, write_rows
-from steersman.training.world.quality import measure_base, measure_reward
+from steersman.training.world.quality import measure_policy, measure_reward, measure_writing
 from steersman.training.world.tokenizer import train_tokenizer
 
 HERE = Path(__file__).parent
@@ -42,6 +42,8 @@ CONFIGS = HERE.parent / "configs"
 PAIRS: dict[Split, int] = {"reward": 10_000, "evaluation": 4000, "validation": 800, "test": 800}
 PROMPTS: dict[Split, int] = {"tuning": 200, "reporting": 500}
 REWARD_MODELS = ("reward-partial", "reward-full", "reward-evaluation")
+# The share of each response's tokens that a policy is trained on: those of Shallow Preference Signals.
+POLICIES = {"dpo": 1.0, "dpo-50": 0.5, "dpo-40": 0.4, "dpo-33": 0.33, "dpo-25": 0.25}
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ def _build_models(folders: Folders, seed: int, submit: Callable[..., Future[Any]
     pairs = [submit(build_pairs, folders, split, count, seed) for split, count in PAIRS.items()]
     for step in others + pairs:
         step.result()
-    for model in [submit(build_reward_model, folders, name, seed) for name in REWARD_MODELS]:
+    policies = [submit(build_policy, folders, name, seed) for name in POLICIES]
+    for model in [submit(build_reward_model, folders, name, seed) for name in REWARD_MODELS] + policies:
         model.result()
 
 
@@ -129,9 +132,27 @@ def build_reward_model(folders: Folders, name: str, seed: int) -> None:
         "output_dir": folders.models / name,
         "seed": seed + evaluation,
     }
-    code = reward.main([part for flag, value in flags.items() for part in (f"--{flag}", str(value))])
+    _run(f"train reward: {name}", reward.main, flags)
+
+
+def build_policy(folders: Folders, name: str, seed: int) -> None:
+    """By `steersman train dpo`, all from one YAML that users read; paths, seed and the share kept are given over it."""
+    flags = {
+        "config": CONFIGS / "dpo.yaml",
+        "model": folders.base,
+        "train_file": folders.pairs("reward"),
+        "validation_file": folders.pairs("validation"),
+        "output_dir": folders.models / name,
+        "keep": POLICIES[name],
+        "seed": seed,
+    }
+    _run(f"train dpo: {name}", dpo.main, flags)
+
+
+def _run(what: str, main: Callable[[list[str]], int], flags: dict[str, Any]) -> None:
+    code = main([part for flag, value in flags.items() for part in (f"--{flag}", str(value))])
     if code:
-        raise RuntimeError(f"{name}: steersman train reward ended with {code}")
+        raise RuntimeError(f"steersman {what} ended with {code}")
 
 
 def build_prompts(folders: Folders, seed: int) -> None:
@@ -147,16 +168,21 @@ def build_prompts(folders: Folders, seed: int) -> None:
 def measure(folders: Folders, seed: int) -> dict[str, Any]:
     """The quality of what was built, on test prompts and test pairs."""
     model, tokenizer = _load_base(folders)
+    prompts = draw_prompts("test", 1000, seed + 1)
     test_pairs = read_rows(folders.pairs("test"))
     quality: dict[str, Any] = {
         "seed": seed,
-        "base": measure_base(model, tokenizer, draw_prompts("test", 1000, seed + 1), seed),
+        "base": measure_writing(model, tokenizer, prompts, seed),
         "pairs": {"test": len(test_pairs), "label_agreement": round(agreement(read_rows(folders.pairs("reward"))), 4)},
         "accuracy": {},
+        "policies": {},
     }
     for name in REWARD_MODELS:
         quality["accuracy"][name] = measure_reward(folders.models / name, tokenizer, test_pairs)
         add_facts(folders.models / name, {"gold_accuracy": quality["accuracy"][name]})
+    for name in POLICIES:
+        quality["policies"][name] = measure_policy(folders.models / name, model, tokenizer, prompts, test_pairs, seed)
+        add_facts(folders.models / name, {"gold_accuracy": quality["policies"][name]["accuracy"]})
     return quality
 
 

@@ -1,4 +1,4 @@
-"""What the built world is measured by: how well the base writes, and what the reward models know of prefixes."""
+"""What the built world is measured by: how well the models write, and what the reward models know of prefixes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForSequenceClassification, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from steersman.training.accuracy import accuracy_by_share
-from steersman.training.data import Preference, tokenize
+from steersman.training.checkpoints import read_facts
+from steersman.training.data import Preference, TokenizedPreference, tokenize
+from steersman.training.implicit_reward import implicit_accuracy
 from steersman.training.world import gold
 from steersman.training.world.grammar import NAMES, Prompt
 from steersman.training.world.pairs import by_gold
@@ -19,11 +26,12 @@ from steersman.training.world.sampling import sample
 from steersman.training.world.tokenizer import WINDOW
 
 
-def measure_base(
+def measure_writing(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt], seed: int
 ) -> dict[str, float]:
     """Of samples at temperature 1: copying of item and name (of the responses that name one), ends, gold reward."""
-    sampled = sample(model, tokenizer, [prompt.text for prompt in prompts], seed, "base: measured")
+    name = Path(model.name_or_path).name
+    sampled = sample(model, tokenizer, [prompt.text for prompt in prompts], seed, f"{name}: measured")
     responses = [tokenizer.decode(ids, skip_special_tokens=True) for ids in sampled]
     pairs = list(zip(prompts, responses, strict=True))
     items = [set(gold.items_in(text)) == {prompt.item} for prompt, text in pairs if gold.items_in(text)]
@@ -43,9 +51,30 @@ def measure_reward(
     folder: Path, tokenizer: PreTrainedTokenizerFast, test_pairs: Sequence[dict[str, Any]]
 ) -> dict[str, float]:
     """Accuracy against gold order (no label noise) by share of the longer response."""
-    rows = [Preference(row["prompt"], row["chosen"], row["rejected"], "test pairs") for row in by_gold(test_pairs)]
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="float32")
-    return accuracy_by_share(model, [tokenize(row, tokenizer, WINDOW) for row in rows])
+    return accuracy_by_share(model, _in_gold_order(test_pairs, tokenizer))
+
+
+def measure_policy(
+    folder: Path,
+    base: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Prompt],
+    test_pairs: Sequence[dict[str, Any]],
+    seed: int,
+) -> dict[str, Any]:
+    """How it writes alone, at temperature 1, and its implicit reward's `accuracy` against gold order by share."""
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    rows = _in_gold_order(test_pairs, tokenizer)
+    accuracy = implicit_accuracy(policy, base, rows, read_facts(folder)["beta"], batch=64)
+    return measure_writing(policy, tokenizer, prompts, seed) | {"accuracy": accuracy}
+
+
+def _in_gold_order(
+    test_pairs: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFast
+) -> list[TokenizedPreference]:
+    rows = [Preference(row["prompt"], row["chosen"], row["rejected"], "test pairs") for row in by_gold(test_pairs)]
+    return [tokenize(row, tokenizer, WINDOW) for row in rows]
 
 
 def names_in(text: str) -> list[str]:

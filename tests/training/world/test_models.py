@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from steersman.training.world.build import HERE, PROMPTS, REWARD_MODELS
 from steersman.training.world.grammar import draw_prompts, in_split
 from steersman.training.world.pairs import agreement, by_gold, read_rows
-from steersman.training.world.quality import measure_base, measure_reward
+from steersman.training.world.quality import measure_reward, measure_writing
 
 MODELS = HERE / "models"
 ALL = ("base", *REWARD_MODELS)
@@ -82,7 +82,7 @@ def test_shipped_prompts_are_of_their_split(split: Any) -> None:
 def test_the_base_writes_as_well_as_measured(quality: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(MODELS / "base", dtype="float32").eval()
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "base")
-    measured = measure_base(model, tokenizer, draw_prompts("test", SAMPLES, seed=7), seed=7)
+    measured = measure_writing(model, tokenizer, draw_prompts("test", SAMPLES, seed=7), seed=7)
     promised = quality["base"]
     assert promised["item_copied"] >= 0.87
     assert promised["name_copied"] >= 0.98

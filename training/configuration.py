@@ -1,0 +1,73 @@
+"""What every `steersman train` has in common: YAML and flags into dataclasses, loading, errors of one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl.scripts.utils import TrlParser
+
+from steersman.training.data import DataError
+
+Arguments = TypeVar("Arguments")
+Config = TypeVar("Config")
+
+
+class ConfigError(ValueError):
+    """A configuration that can't be run; the message is one line for its author."""
+
+
+def run(
+    kind: str,
+    arguments_type: type[Arguments],
+    config_type: type[Config],
+    train: Callable[[Arguments, Config], Any],
+    argv: Sequence[str],
+) -> int:
+    """Runs `steersman train KIND` with these command-line arguments; 2 for an error in what the user gave."""
+    try:
+        train(*parse(kind, arguments_type, config_type, argv))
+    except (ConfigError, DataError) as error:
+        print(f"steersman train {kind}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(
+    kind: str, arguments_type: type[Arguments], config_type: type[Config], argv: Sequence[str]
+) -> tuple[Arguments, Config]:
+    """The two dataclasses, from `--config FILE.yaml` and flags over it; raises ConfigError."""
+    parser = _Parser((arguments_type, config_type), prog=f"steersman train {kind}")
+    try:
+        arguments, config = parser.parse_args_and_config(argv)
+    except (ValueError, TypeError, OSError, yaml.YAMLError, IndexError) as error:
+        raise one_line(error) from None
+    for name, hint in get_type_hints(arguments_type).items():
+        # argparse checks the choices of flags only, not those of a file.
+        if get_origin(hint) is Literal and getattr(arguments, name) not in get_args(hint):
+            raise ConfigError(f"{name} is one of {', '.join(get_args(hint))}, not {getattr(arguments, name)!r}")
+    return arguments, config
+
+
+def one_line(error: Exception) -> ConfigError:
+    """Another library's complaint about what the user gave."""
+    return ConfigError(" ".join(str(error).split()))
+
+
+def load(path: str, auto_model: Any, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model of an Auto class, in float32, and its tokenizer; raises ConfigError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = auto_model.from_pretrained(path, dtype="float32", **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} can't be loaded: {str(error).splitlines()[0]}") from None
+    return model, tokenizer
+
+
+class _Parser(TrlParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse would print the usage of all of TRL's flags before it."""
+        raise ConfigError(message)

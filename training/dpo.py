@@ -1,0 +1,157 @@
+"""`steersman train dpo`: policies trained directly on preferences, over TRL's DPOTrainer; whole responses or heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import set_seed
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from steersman.training.checkpoints import round_weights, save_adapter, save_checkpoint, write_policy_card
+from steersman.training.configuration import ConfigError, load, one_line, run
+from steersman.training.data import TokenizedPreference, load_preferences
+from steersman.training.implicit_reward import implicit_accuracy
+from steersman.training.prefixes import cut, tokens_at
+
+
+@dataclass
+class DPOArguments:
+    """What is trained on what. Everything else is TRL's DPOConfig: beta, loss_type, learning_rate, output_dir, …"""
+
+    model: str = field(metadata={"help": "Causal language model to start from; it is the reference too."})
+    train_file: str = field(metadata={"help": "JSON lines with prompt, chosen and rejected."})
+    validation_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of the same form; the implicit reward's accuracy by prefix length is measured on them."
+        },
+    )
+    pairs: int | None = field(default=None, metadata={"help": "Train on this many rows, the file's first; else all."})
+    keep: float = field(
+        default=1.0,
+        metadata={"help": "Share of each response's tokens, from its start, that is trained on: above 0, at most 1."},
+    )
+    lora_rank: int = field(
+        default=0, metadata={"help": "Train a LoRA adapter of this rank on all linear layers; 0 trains all weights."}
+    )
+    store: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "Precision of the weights' file; accuracy is measured on what it keeps."}
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `steersman train dpo` with these arguments; 2 for an error in what the user gave."""
+    return run("dpo", DPOArguments, DPOConfig, train_dpo, argv)
+
+
+def train_dpo(arguments: DPOArguments, config: DPOConfig) -> dict[str, Any]:
+    """Trains, measures and saves a policy, or its adapter; returns the facts that its config.json carries."""
+    _check(arguments)
+    set_seed(config.seed)
+    model, tokenizer = load(arguments.model, AutoModelForCausalLM)
+    window = config.max_length or tokenizer.model_max_length
+    rows = load_preferences(arguments.train_file, tokenizer, window)[: arguments.pairs]
+    held_out = load_preferences(arguments.validation_file, tokenizer, window) if arguments.validation_file else []
+    policy = _train(arguments, config, model, tokenizer, rows)
+    round_weights(policy, arguments.store)
+    facts = _facts(arguments, config, len(rows))
+    if held_out:
+        reference, _ = load(arguments.model, AutoModelForCausalLM)
+        reference.to(policy.device)
+        facts |= {
+            "accuracy": implicit_accuracy(policy, reference, held_out, config.beta, config.per_device_eval_batch_size),
+            "validation_pairs": len(held_out),
+        }
+    if config.process_index == 0:
+        save = save_adapter if arguments.lora_rank else save_checkpoint
+        save(policy, tokenizer, config.output_dir, facts, store=arguments.store)
+        write_policy_card(config.output_dir, Path(config.output_dir).name, facts)
+    return facts
+
+
+def truncated(rows: Sequence[TokenizedPreference], keep: float) -> Dataset:
+    """Rows with the columns of TRL's collator: each response's first tokens, a share `keep` of its own length.
+
+    At least one token stays, and a cut is given no end token: the policy would learn to stop there (Shallow Preference
+    Signals, §3.3). `length` is what `train_sampling_strategy: group_by_length` reads.
+    """
+    examples = []
+    for row in rows:
+        chosen, rejected = (cut(ids, tokens_at(keep, len(ids))) for ids in (row.chosen, row.rejected))
+        length = len(row.prompt) + max(len(chosen), len(rejected))
+        examples.append({"prompt_ids": row.prompt, "chosen_ids": chosen, "rejected_ids": rejected, "length": length})
+    return Dataset.from_list(examples)
+
+
+class TokenizedDPOTrainer(DPOTrainer):
+    """TRL's trainer over rows of token ids; its own preparation takes text only and ends every response."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """The columns of the dataset that are kept: those the collator reads, and the one that rows are grouped by."""
+        super()._set_signature_columns_if_needed()
+        if self.args.length_column_name not in self._signature_columns:
+            self._signature_columns.append(self.args.length_column_name)
+
+
+def _train(
+    arguments: DPOArguments,
+    config: DPOConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TokenizedPreference],
+) -> PreTrainedModel:
+    """The trained model, wrapped by PEFT where an adapter was asked for."""
+    rank = arguments.lora_rank
+    # An alpha of the rank scales the adapter by one, so that the learning rate alone says how far it goes.
+    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
+    use_cache = model.config.use_cache
+    try:
+        trainer = TokenizedDPOTrainer(
+            model,
+            args=config,
+            train_dataset=truncated(rows, arguments.keep),
+            processing_class=tokenizer,
+            peft_config=lora,
+        )
+        trainer.train()
+    except (ValueError, NotImplementedError) as error:  # combinations of its settings that TRL refuses
+        raise one_line(error) from error
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    policy.config.use_cache = use_cache  # switched off for training, and saved with the model that will generate
+    return policy
+
+
+def _check(arguments: DPOArguments) -> None:
+    if not 0 < arguments.keep <= 1:
+        raise ConfigError(f"keep is a share above 0 and at most 1, not {arguments.keep:g}; 1 keeps whole responses")
+    if arguments.lora_rank < 0:
+        raise ConfigError(f"lora_rank is at least 0, not {arguments.lora_rank}; 0 trains all weights")
+    if arguments.pairs is not None and arguments.pairs < 1:
+        raise ConfigError(f"pairs is at least 1, not {arguments.pairs}; without it, all rows are trained on")
+
+
+def _facts(arguments: DPOArguments, config: DPOConfig, pairs: int) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "kind": "policy",
+        "method": "dpo",
+        "loss": " + ".join(config.loss_type),
+        "keep": arguments.keep,
+        "beta": config.beta,
+        "model": Path(arguments.model).name,
+        "pairs": pairs,
+        "learning_rate": config.learning_rate,
+        "epochs": config.num_train_epochs,
+        "batch": config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        "seed": config.seed,
+    }
+    return facts | ({"lora_rank": arguments.lora_rank} if arguments.lora_rank else {})
