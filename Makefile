@@ -36,7 +36,7 @@ bench: setup ## measure guided against plain decoding and against the naive refe
 evaluate: setup ## measure the quality of guided answers through the server
 	$(RUN) steersman.cli evaluate
 
-world: setup ## rebuild the demo world's models from nothing (about 15 minutes on 2 cores)
+world: setup ## rebuild the demo world's models from nothing (about 25 minutes on 2 cores)
 	$(RUN) steersman.training.world.build
 
 clean: ## remove the environment and caches

@@ -65,9 +65,16 @@ def measure_policy(
 ) -> dict[str, Any]:
     """How it writes alone, at temperature 1, and its implicit reward's `accuracy` against gold order by share."""
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
-    rows = _in_gold_order(test_pairs, tokenizer)
-    accuracy = implicit_accuracy(policy, base, rows, read_facts(folder)["beta"], batch=64)
-    return measure_writing(policy, tokenizer, prompts, seed) | {"accuracy": accuracy}
+    writing = measure_writing(policy, tokenizer, prompts, seed)
+    return writing | {"accuracy": measure_implicit_reward(folder, base, tokenizer, test_pairs)}
+
+
+def measure_implicit_reward(
+    folder: Path, base: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, test_pairs: Sequence[dict[str, Any]]
+) -> dict[str, float]:
+    """Of a policy: accuracy against gold order (no label noise) by share of the longer response."""
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    return implicit_accuracy(policy, base, _in_gold_order(test_pairs, tokenizer), read_facts(folder)["beta"], batch=64)
 
 
 def _in_gold_order(

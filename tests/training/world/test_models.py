@@ -13,14 +13,15 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from steersman.training.world.build import HERE, PROMPTS, REWARD_MODELS
+from steersman.training.world.build import HERE, POLICIES, PROMPTS, REWARD_MODELS
 from steersman.training.world.grammar import draw_prompts, in_split
 from steersman.training.world.pairs import agreement, by_gold, read_rows
-from steersman.training.world.quality import measure_reward, measure_writing
+from steersman.training.world.quality import measure_implicit_reward, measure_reward, measure_writing
 
 MODELS = HERE / "models"
-ALL = ("base", *REWARD_MODELS)
+ALL = ("base", *REWARD_MODELS, *POLICIES)
 SAMPLES = 250
+FEW_SAMPLES = 100
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +35,12 @@ def five_errors(share: float, count: int) -> float:
 
 
 def test_all_models_together_are_small() -> None:
-    assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) < 10_000_000
+    assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) < 20_000_000
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_model_s_weights_are_stored_in_bfloat16_and_load_in_float32_unchanged(name: str) -> None:
-    kind = AutoModelForCausalLM if name == "base" else AutoModelForSequenceClassification
+    kind = AutoModelForSequenceClassification if name in REWARD_MODELS else AutoModelForCausalLM
     model = kind.from_pretrained(MODELS / name)
     assert model.dtype == torch.float32
     assert (model.config.pad_token_id, model.config.eos_token_id, model.config.vocab_size) == (0, 1, 1024)
@@ -61,6 +62,26 @@ def test_reward_models_say_what_they_are_and_share_the_base_s_tokenizer(name: st
     assert (config["architectures"], config["pad_token_id"]) == (["LlamaForSequenceClassification"], 0)
     texts = [AutoTokenizer.from_pretrained(MODELS / folder).backend_tokenizer.to_str() for folder in ("base", name)]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_say_what_they_are_and_share_the_base_s_tokenizer(name: str) -> None:
+    config = json.loads((MODELS / name / "config.json").read_text(encoding="utf-8"))
+    facts = config["steersman"]
+    assert (facts["kind"], facts["method"], facts["model"]) == ("policy", "dpo", "base")
+    assert facts["keep"] == POLICIES[name]
+    assert {"loss", "beta", "pairs", "learning_rate", "epochs", "batch", "seed", "accuracy"} <= facts.keys()
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    texts = [AutoTokenizer.from_pretrained(MODELS / folder).backend_tokenizer.to_str() for folder in ("base", name)]
+    assert texts[0] == texts[1]
+    card = (MODELS / name / "README.md").read_text(encoding="utf-8")
+    assert f"steersman serve MODEL --policy {name}=PATH_OF_THIS_FOLDER" in card
+
+
+def test_policies_differ_only_in_the_share_that_they_were_trained_on() -> None:
+    facts = [json.loads((MODELS / name / "config.json").read_text(encoding="utf-8"))["steersman"] for name in POLICIES]
+    for key in ("loss", "beta", "pairs", "learning_rate", "epochs", "batch", "seed"):
+        assert len({fact[key] for fact in facts}) == 1
 
 
 def test_partial_and_full_were_tuned_alike() -> None:
@@ -119,3 +140,27 @@ def test_partial_is_above_full_on_prefixes_and_both_as_accurate_as_measured(
         assert partial[share] > full[share] + 2 * error
     assert partial["1"] > 0.7
     assert full["1"] > 0.7
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_writes_as_well_as_measured_and_better_than_the_base(name: str, quality: dict[str, Any]) -> None:
+    promised, base = quality["policies"][name], quality["base"]
+    policy = AutoModelForCausalLM.from_pretrained(MODELS / name, dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "base")
+    measured = measure_writing(policy, tokenizer, draw_prompts("test", FEW_SAMPLES, seed=7), seed=7)
+    assert promised["finished"] >= 0.99
+    error = promised["gold_deviation"] / math.sqrt(FEW_SAMPLES)
+    assert abs(measured["gold_mean"] - promised["gold_mean"]) < 5 * error
+    assert measured["gold_mean"] > base["gold_mean"] + 5 * error
+
+
+@pytest.mark.parametrize("name", ["dpo", "dpo-25"])
+def test_a_policy_s_implicit_reward_is_as_accurate_as_measured(
+    name: str, quality: dict[str, Any], test_pairs: list[dict[str, Any]]
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(MODELS / "base", dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "base")
+    measured = measure_implicit_reward(MODELS / name, base, tokenizer, test_pairs)
+    # The same pairs on another machine: only near ties that rounding decides may fall differently.
+    assert measured == pytest.approx(quality["policies"][name]["accuracy"], abs=0.01)
+    assert measured["1"] > 0.7
