@@ -15,6 +15,8 @@ from steersman.training.world import gold
 _CONCURRENCY = 64
 _DEFAULTS = {"max_tokens": 200, "temperature": 1.0}
 _SEEDS = 2**31
+_STRIDE = 10_007
+"""Keeps the samples of a prompt apart: best_of_n draws from seeds that follow the request's own."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ async def ask(
     gate = asyncio.Semaphore(_CONCURRENCY)
 
     async def one(number: int, prompt: Prompt, sample: int) -> Answer:
-        own_seed = (seed * 1_000_003 + number * samples + sample) % _SEEDS
+        own_seed = (seed * 1_000_003 + sample * _STRIDE + number) % _SEEDS
         async with gate:
             answer = await _answer(server, setting, prompt, own_seed)
         on_answer()
@@ -125,7 +127,7 @@ async def _answer(server: Server, setting: Setting, prompt: Prompt, seed: int) -
     report = choice.get("guidance") or {}
     return Answer(
         text=text,
-        tokens=reply["usage"]["completion_tokens"],
+        tokens=report.get("tokens", reply["usage"]["completion_tokens"]),
         finished=finished,
         gold=None if prompt.world is None else gold.score(prompt.world, text).total,
         judge=await _judge(server, prompt, text, finished and choice.get("stop_reason") is None),

@@ -4,7 +4,7 @@ Another seed draws other preference pairs with other label noise, and trains on 
 """
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -43,7 +43,7 @@ def train_missing(work: Path, progress: Progress) -> None:
         return
     task = progress.add_task("training policies", total=sum(map(len, missing.values())))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(_PROCESSES, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(_PROCESSES, mp_context=context, initializer=one_thread) as pool:
         drawn = {pool.submit(_draw_pairs, work, seed): seed for seed in missing}
         for step in as_completed(drawn):
             step.result()
@@ -94,11 +94,7 @@ def _log(work: Path, seed: int) -> Iterator[None]:
         yield
 
 
-def _one_thread() -> None:
+def one_thread() -> None:
+    """A process beside others: one thread, and no bars of its own."""
     torch.set_num_threads(1)
     disable_progress_bar()
-
-
-def policies_of(names: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
-    """(name, seed) of every policy among these that exists."""
-    return [(name, seed) for name in names for seed in seeds if seed == 0 or name in REPEATED]

@@ -32,7 +32,7 @@ class Estimate:
         return {"mean": self.mean, "standard_error": error, "count": self.count}
 
     def __format__(self, form: str) -> str:
-        error = "" if math.isnan(self.standard_error) else f" ± {format(self.standard_error, form)}"
+        error = "" if math.isnan(self.standard_error) else f" ± {format(self.standard_error, form.lstrip('+'))}"
         return format(self.mean, form) + error
 
 
