@@ -60,19 +60,14 @@ def main(argv: Sequence[str]) -> int:
         with progress_bar() as progress:
             train_missing(work, progress)
         console.print(f"policies: {_minutes(began)}")
-        about = "Mean ± standard error over three seeds of the policies' training."
         for name, finding in _read(args.only, work).items():
-            finding.write(args.out / f"evidence-{name}", about, console)
+            finding.write(args.out / f"evidence-{name}", console)
         console.print(f"models read: {_minutes(began)}")
-        about = (
-            f"Mean ± standard error over three seeds, each with {args.prompts} prompts of its own that nothing was "
-            "tuned on, at temperature 1."
-        )
         wanted = {name: DECODED[name] for name in args.only if name in DECODED}
         if wanted:
             sweep = _decode(list(wanted.values()), work, args.prompts)
             for name, part in wanted.items():
-                part.find(sweep).write(args.out / f"evidence-{name}", about, console)
+                part.find(sweep).write(args.out / f"evidence-{name}", console)
     console.print(f"done: {_minutes(began)}; written: {args.out}/evidence-*")
     return 0
 

@@ -9,7 +9,18 @@ from typing import Any
 from steersman.benchmarks.settings import Setting
 from steersman.benchmarks.statistics import Estimate, estimate, height_over_curve
 from steersman.benchmarks.steering import first_tokens, pargs
-from steersman.benchmarks.sweep import BASE, STRENGTH, Curve, Finding, Sweep, dump_sweep, over_seeds, per_seed, say
+from steersman.benchmarks.sweep import (
+    BASE,
+    STRENGTH,
+    Curve,
+    Finding,
+    Sweep,
+    dump_sweep,
+    of_sweep,
+    over_seeds,
+    per_seed,
+    say,
+)
 from steersman.benchmarks.tables import BLUE, GREEN, GREY, ORANGE, RED, VIOLET
 
 MIXING = Curve(
@@ -65,6 +76,7 @@ def frontier(sweep: Sweep) -> Finding:
         "Reward against KL from the base",
         (table,),
         tuple(_judgement(name, mean) for name, mean in means.items()),
+        of_sweep(sweep),
         {
             "settings": dump_sweep(sweep, names),
             "height_over_mixing": {
@@ -74,7 +86,7 @@ def frontier(sweep: Sweep) -> Finding:
             "mean_height_over_mixing": {name: value and value.dump() for name, value in means.items()},
         },
         lambda figure: _draw_frontier(figure, sweep),
-        (12.0, 5.2),
+        (15.0, 6.5),
     )
 
 
@@ -111,6 +123,7 @@ def positions(sweep: Sweep) -> Finding:
             f"The policy's KL from the base is {first:.3f} nats a token over the first 8 tokens and {later:.3f} over "
             f"tokens 9 to 64 (difference {excess:.3f}): {verdict}.",
         ),
+        of_sweep(sweep),
         {"bands": [{"first": a, "last": b, "seeds": v} for (a, b), v in zip(_BANDS, bands, strict=True)]},
         lambda figure: _draw_positions(figure, sweep),
         (9.0, 4.2),
@@ -140,6 +153,12 @@ def _band_means(sweep: Sweep, first: int, last: int) -> list[float]:
     ]
 
 
+def _reached(sweep: Sweep) -> int:
+    """The last position, within the bands, that a tenth of the answers of every seed reach."""
+    lengths = [sorted(len(a.token_kl) for row in answers for a in row) for answers in sweep[POLICY]]
+    return min(_BANDS[-1][1], *(seed[-1 - len(seed) // 10] for seed in lengths))
+
+
 def _draw_frontier(figure: Any, sweep: Sweep) -> None:
     curves = (
         *((MIXING, BLUE, "o-"), (LENGTH, RED, "s--"), (THRESHOLD, GREEN, "^--"), (GATED, ORANGE, "D:")),
@@ -160,7 +179,7 @@ def _draw_frontier(figure: Any, sweep: Sweep) -> None:
                 style,
                 color=colour,
                 label=f"{curve.name} ({curve.symbol})",
-                capsize=2,
+                elinewidth=0.6,
                 markersize=5,
                 linewidth=1.2,
             )
@@ -171,7 +190,7 @@ def _draw_frontier(figure: Any, sweep: Sweep) -> None:
                     (x.mean, y.mean),
                     xytext=(4, -11 if below else 5),
                     textcoords="offset points",
-                    fontsize=7,
+                    fontsize=8,
                     color=colour,
                 )
         axis.set(xlabel="accumulated KL from the base, nats an answer", ylabel=f"mean {measure} reward")
@@ -181,7 +200,7 @@ def _draw_frontier(figure: Any, sweep: Sweep) -> None:
 
 def _draw_positions(figure: Any, sweep: Sweep) -> None:
     axis = figure.subplots()
-    places = range(1, _BANDS[-1][1] + 1)
+    places = range(1, _reached(sweep) + 1)
     for n in range(len(sweep[POLICY])):
         means = [_band_means({POLICY: [sweep[POLICY][n]]}, place, place)[0] for place in places]
         axis.plot(places, means, color=BLUE, alpha=0.3, linewidth=1, label="each seed" if n == 0 else None)

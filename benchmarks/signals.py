@@ -119,6 +119,7 @@ def implicit(policies: Sequence[Knowledge]) -> Finding:
             f"{by_share[0.5]:.3f} and of their first quarter {by_share[0.25]:.3f}; whole less half: "
             f"{gap:.3f}.",
         ),
+        "Mean ± standard error over the training seeds; the demo world's test pairs.",
         {"policies": [policy.__dict__ for policy in full]},
         lambda figure: _draw_implicit(figure, by_share, by_length),
     )
@@ -144,6 +145,8 @@ def truncated(policies: Sequence[Knowledge]) -> Finding:
         "Training on the beginnings of responses",
         (table,),
         tuple(_loss_in_words(name, loss) for name, loss in losses.items()),
+        f"Mean ± standard error over the training seeds, where there are several; {_ANSWERS} reporting prompts at "
+        "temperature 1, and the demo world's test pairs.",
         {"policies": [policy.__dict__ for policy in policies]},
         lambda figure: _draw_truncated(figure, golds, whole),
     )
@@ -203,6 +206,7 @@ def estimator(measured: Agreement) -> Finding:
             f"With K = {most} the Monte Carlo KL decides as the exact KL at {min(agreed[most]):.2%} of positions or "
             f"more, whatever the threshold ({len(measured.exact)} positions; its mean error is {bias:.5f} nats).",
         ),
+        "The demo's policy dpo and base after every prefix of test responses; ± is a standard error over positions.",
         {"agreement": {str(n): dict(zip(map(str, THRESHOLDS), agreed[n], strict=True)) for n in SAMPLES}}
         | {"positions": len(measured.exact), "bias": bias.dump()},
         lambda figure: _draw_estimator(figure, measured, agreed),
@@ -243,7 +247,8 @@ def _draw_implicit(figure: Any, by_share: dict[float, Estimate], by_length: dict
 
 
 def _draw_truncated(figure: Any, golds: dict[str, Estimate], whole: dict[str, Estimate]) -> None:
-    labels = [f"{share:.0%}" for share in POLICIES.values()]
+    counts = (f"{v.count} seed{'s' if v.count > 1 else ''}" for v in golds.values())
+    labels = [f"{share:.0%}\n{count}" for share, count in zip(POLICIES.values(), counts, strict=True)]
     for axis, values, colour, title in zip(
         figure.subplots(1, 2),
         (golds, whole),
@@ -251,8 +256,10 @@ def _draw_truncated(figure: Any, golds: dict[str, Estimate], whole: dict[str, Es
         ("Gold reward of answers", "Accuracy of the implicit reward, whole responses"),
         strict=True,
     ):
-        repeated = [v.standard_error if v.count > 1 else 0.0 for v in values.values()]
-        axis.bar(labels, [v.mean for v in values.values()], yerr=repeated, color=colour, capsize=3)
+        axis.bar(labels, [v.mean for v in values.values()], color=colour)
+        repeated = [(label, v) for label, v in zip(labels, values.values(), strict=True) if v.count > 1]
+        heights, errors = [v.mean for _, v in repeated], [v.standard_error for _, v in repeated]
+        axis.errorbar([label for label, _ in repeated], heights, errors, fmt="none", color="black", capsize=3)
         axis.set(title=title, xlabel="trained on the first part of each response")
     figure.axes[1].set_ylim(0.5, 1.0)
 

@@ -4,10 +4,10 @@ from typing import Any
 
 from steersman.benchmarks.settings import Setting
 from steersman.benchmarks.statistics import Estimate, estimate
-from steersman.benchmarks.sweep import BASE, STRENGTH, Curve, Finding, Sweep, dump_sweep, over_seeds, per_seed
-from steersman.benchmarks.tables import BLUE, GREEN, GREY, RED
+from steersman.benchmarks.sweep import BASE, STRENGTH, Curve, Finding, Sweep, dump_sweep, of_sweep, over_seeds, per_seed
+from steersman.benchmarks.tables import BLUE, GREEN, GREY, ORANGE, RED
 
-BUDGETS: tuple[float | None, ...] = (None, 1.0, 2.0)
+BUDGETS: tuple[float | None, ...] = (None, 1.0, 2.0, 4.0)
 """Nats an answer."""
 _LARGEST = 32.0
 _BETAS = (1.0, 2.0, 4.0, 8.0, 16.0, _LARGEST)
@@ -68,6 +68,7 @@ def gates(sweep: Sweep) -> Finding:
         "PARGS where it pays: gain kept against work spent",
         (table,),
         tuple(_headline(beta, shares) for beta in _GATED_BETAS),
+        of_sweep(sweep),
         {
             "settings": dump_sweep(sweep, names),
             "shares": {name: {"work": w.dump(), "gain": g.dump()} for name, (w, g) in shares.items()},
@@ -97,6 +98,7 @@ def budgets(sweep: Sweep) -> Finding:
         "PARGS by strength, without and with a KL budget",
         (table,),
         tuple(_fall_in_words(nats, fall) for nats, fall in falls.items()),
+        of_sweep(sweep),
         {
             "settings": dump_sweep(sweep, names),
             "fall": [{"kl_budget": nats, **fall.dump()} for nats, fall in falls.items()],
@@ -188,7 +190,7 @@ def _draw_gates(figure: Any, shares: dict[str, tuple[Estimate, Estimate]]) -> No
 
 def _draw_budgets(figure: Any, sweep: Sweep) -> None:
     over_beta, over_kl = figure.subplots(1, 2, sharey=True)
-    for nats, colour in zip(BUDGETS, (GREY, RED, GREEN), strict=True):
+    for nats, colour in zip(BUDGETS, (GREY, RED, ORANGE, GREEN), strict=True):
         names = [_budgeted(beta, nats) for beta in _betas(nats)]
         gold, kl = ([over_seeds(sweep, n, m) for n in names] for m in ("gold", "kl"))
         heights, errors = [g.mean for g in gold], [g.standard_error for g in gold]

@@ -73,12 +73,14 @@ class Finding:
     tables: tuple[dict[str, list[str]], ...]
     sentences: tuple[str, ...]
     """What the numbers say, written from the numbers."""
+    about: str
+    """What its numbers are of."""
     data: dict[str, Any]
     draw: Callable[[Any], None] = field(repr=False)
     """Draws into a figure of matplotlib."""
     size: tuple[float, float] = (11.0, 4.4)
 
-    def write(self, stem: Path, about: str, console: Console) -> None:
+    def write(self, stem: Path, console: Console) -> None:
         """STEM.json, .md and .png, and the same on the terminal."""
         import matplotlib
 
@@ -87,7 +89,7 @@ class Finding:
 
         write_json(stem.with_name(f"{stem.name}.json"), {"title": self.title, "findings": self.sentences, **self.data})
         lines = [f"# {self.title}\n", *(f"- {sentence}" for sentence in self.sentences), ""]
-        lines += [*(markdown(table) for table in self.tables), f"{about}\n", f"![{self.title}]({stem.name}.png)\n"]
+        lines += [*(markdown(table) for table in self.tables), f"{self.about}\n", f"![{self.title}]({stem.name}.png)\n"]
         stem.with_name(f"{stem.name}.md").write_text("\n".join(lines), encoding="utf-8")
         figure = plt.figure(figsize=self.size)
         self.draw(figure)
@@ -104,6 +106,16 @@ def dump_sweep(sweep: Sweep, names: Sequence[str]) -> dict[str, Any]:
     """For JSON: each setting's means for each seed."""
     measures = ("gold", "judge", "kl", "tokens", "auxiliary_tokens")
     return {name: {measure: per_seed(sweep, name, measure) for measure in measures} for name in names}
+
+
+def of_sweep(sweep: Sweep) -> str:
+    """What the numbers of a sweep are of."""
+    answers = next(iter(sweep.values()))
+    seeds, prompts = len(answers), len(answers[0])
+    return (
+        f"Mean ± standard error over {seeds} seeds, each with {prompts} prompts of its own that nothing was tuned on, "
+        "at temperature 1."
+    )
 
 
 def say(verdict: int, above: str, below: str, between: str) -> str:
