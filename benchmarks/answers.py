@@ -30,11 +30,11 @@ class Server:
     policies: tuple[str, ...]
 
     async def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The response's body; raises SettingsError with the server's own line for a request that it refuses."""
+        """The response's body; raises SettingsError with the server's own words for a request that it refuses."""
         async with self.session.post(path, json=body) as response:
             reply = await response.json(content_type=None)
             if response.status == 400:
-                raise SettingsError(str(reply["error"]["message"]))
+                raise SettingsError(" ".join(str(reply["error"]["message"]).split()))
             if response.status != 200:
                 raise RuntimeError(f"{path} answers {response.status}: {reply}")
             return dict(reply)

@@ -41,6 +41,12 @@ from steersman.benchmarks.tables import (
 BETAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _TUNING, _REPORTING = 60, 400
 _DEMO_JUDGE = "judge"
+_EXAMPLE = """example of a settings file:
+  base: {}
+  base, cooler: {temperature: 0.7}
+  steered: {guidance: {method: pargs, reward_model: helpful, beta: 2}}
+  steered early: {guidance: {method: pargs, reward_model: helpful, beta: 2, gate: {first_tokens: 16}}}
+"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,7 +65,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="steersman evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="steersman evaluate",
+        description=__doc__,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--settings", type=Path, metavar="FILE.yaml", help="NAME: {guidance: {…}, any sampling field}.")
     parser.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help="Rows with prompt or messages.")
@@ -216,8 +225,7 @@ def _gold(row: Summary) -> float:
 
 def _by_pargs(test: dict[str, Any]) -> bool:
     """PARGS against another way of the same kind, greedy or sampled."""
-    kind = test["than"].rpartition(", ")[2].replace("top-k 10", "sampled")
-    return bool(test["better"] == f"PARGS, {kind}")
+    return bool(test["better"] == f"PARGS, {test['than'].rpartition(', ')[2]}")
 
 
 def plot_strength(curves: dict[str, list[tuple[float, Summary]]], path: Path) -> None:
