@@ -51,8 +51,10 @@ _BANDS = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, 64))
 def frontier_settings(policy: str) -> list[Setting]:
     """What the frontier is drawn from."""
     mixing = [s.steered(trace=True) if s.name == POLICY else s for s in MIXING.settings(policy)]
-    others = [setting for curve in (LENGTH, THRESHOLD, GATED, SEARCH) for setting in curve.settings(policy)]
-    return [BASE, *mixing, *others, Setting(WHOLE, pargs(STRENGTH))]
+    length, threshold, search, gated = (curve.settings(policy) for curve in (LENGTH, THRESHOLD, SEARCH, GATED))
+    # The first to use a reward model reads the prompts, which are cached for the rest: not one of the gated, whose work
+    # is small.
+    return [BASE, *mixing, *length, *threshold, *search, Setting(WHOLE, pargs(STRENGTH)), *gated]
 
 
 def frontier(sweep: Sweep) -> Finding:

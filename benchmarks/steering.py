@@ -7,7 +7,7 @@ from steersman.benchmarks.statistics import Estimate, estimate
 from steersman.benchmarks.sweep import BASE, STRENGTH, Curve, Finding, Sweep, dump_sweep, of_sweep, over_seeds, per_seed
 from steersman.benchmarks.tables import BLUE, GREEN, GREY, ORANGE, RED
 
-BUDGETS: tuple[float | None, ...] = (None, 1.0, 2.0, 4.0)
+BUDGETS: tuple[float | None, ...] = (None, 2.0, 5.0, 10.0)
 """Nats an answer."""
 _LARGEST = 32.0
 _BETAS = (1.0, 2.0, 4.0, 8.0, 16.0, _LARGEST)
@@ -38,7 +38,7 @@ def _uncertain(beta: float) -> Curve:
     return Curve(
         f"PARGS β = {beta:g}, entropy above",
         "h",
-        (0.5, 1.0, 1.5),
+        (0.25, 0.5, 0.75, 1.0, 1.5),
         lambda _, h: {**pargs(beta), "gate": {"entropy_above": h}},
     )
 
@@ -93,15 +93,19 @@ def budgets(sweep: Sweep) -> Finding:
             for heading, measure in zip(("KL, nats", "gold reward", "judge"), measures, strict=True)
         },
     }
-    falls = {nats: _fall(sweep, nats) for nats in BUDGETS}
+    gains = {nats: [_gain(sweep, beta, nats) for beta in _BOUNDED_BETAS] for nats in BUDGETS if nats is not None}
     return Finding(
         "PARGS by strength, without and with a KL budget",
         (table,),
-        tuple(_fall_in_words(nats, fall) for nats, fall in falls.items()),
+        (_fall_in_words(sweep), *(_gain_in_words(sweep, nats) for nats in gains)),
         of_sweep(sweep),
         {
             "settings": dump_sweep(sweep, names),
-            "fall": [{"kl_budget": nats, **fall.dump()} for nats, fall in falls.items()],
+            "gain_over_no_budget": [
+                {"kl_budget": nats, "beta": beta, **gain.dump()}
+                for nats, found in gains.items()
+                for beta, gain in zip(_BOUNDED_BETAS, found, strict=True)
+            ],
         },
         lambda figure: _draw_budgets(figure, sweep),
     )
@@ -136,9 +140,7 @@ def _headline(beta: float, shares: dict[str, tuple[Estimate, Estimate]]) -> str:
     cheap = {name: both for name, both in own.items() if both[0].mean <= _QUARTER}
     name = max(cheap or own, key=lambda n: (cheap or own)[n][1].mean)
     work, kept = own[name]
-    return (
-        f"β = {beta:g}: {name.split(', ')[1]} keeps {kept:.2f} of the gain for {work:.2f} of the reward-model tokens."
-    )
+    return f"β = {beta:g}: {name.split(', ', 1)[1]} keeps {kept:.2f} of the gain for {work:.2f} of the reward-model tokens."
 
 
 def _budgeted(beta: float, nats: float | None) -> str:
@@ -149,16 +151,27 @@ def _guidance(beta: float, nats: float | None) -> dict[str, Any]:
     return pargs(beta) if nats is None else {**pargs(beta), "kl_budget": nats}
 
 
-def _fall(sweep: Sweep, nats: float | None) -> Estimate:
-    """What gold loses between the tuned and the largest strength."""
-    tuned, largest = (per_seed(sweep, _budgeted(beta, nats), "gold") for beta in (STRENGTH, _LARGEST))
-    return estimate([a - b for a, b in zip(tuned, largest, strict=True)])
+def _gain(sweep: Sweep, beta: float, nats: float) -> Estimate:
+    """What a budget adds to gold at a strength."""
+    bounded, free = (per_seed(sweep, _budgeted(beta, n), "gold") for n in (nats, None))
+    return estimate([a - b for a, b in zip(bounded, free, strict=True)])
 
 
-def _fall_in_words(nats: float | None, fall: Estimate) -> str:
-    bound = "Without a budget" if nats is None else f"With a budget of {nats:g} nats"
+def _fall_in_words(sweep: Sweep) -> str:
+    tuned, largest = (per_seed(sweep, _budgeted(beta, None), "gold") for beta in (STRENGTH, _LARGEST))
+    fall = estimate([a - b for a, b in zip(tuned, largest, strict=True)])
     words = {1: "over-optimised", 0: "no clear fall", -1: "still rising"}[fall.verdict]
-    return f"{bound}, gold falls by {fall:.2f} from β = {STRENGTH:g} to β = {_LARGEST:g}: {words}."
+    return f"Without a budget, gold falls by {fall:.2f} from β = {STRENGTH:g} to β = {_LARGEST:g}: {words}."
+
+
+def _gain_in_words(sweep: Sweep, nats: float) -> str:
+    parts = []
+    for beta in _BOUNDED_BETAS[1:]:
+        gain = _gain(sweep, beta, nats)
+        words = {1: "better", 0: "no clear difference", -1: "worse"}[gain.verdict]
+        spent = over_seeds(sweep, _budgeted(beta, nats), "kl").mean
+        parts.append(f"{gain:+.2f} at β = {beta:g} ({words}; KL {spent:.1f})")
+    return f"A budget of {nats:g} nats changes gold by {', '.join(parts)}."
 
 
 def _draw_gates(figure: Any, shares: dict[str, tuple[Estimate, Estimate]]) -> None:

@@ -95,12 +95,13 @@ def test_shares_of_work_and_gain_are_those_of_ungated_pargs(rng: random.Random) 
         assert values["work"]["mean"] == pytest.approx(work // 4 / work)
 
 
-def test_a_fall_is_from_the_tuned_strength_to_the_largest() -> None:
-    sweep = {}
+def test_a_budget_gains_what_gold_would_have_lost_without_it(rng: random.Random) -> None:
+    lost, sweep = rng.uniform(0.2, 1.0), {}
     for setting in steering.budget_settings("seed0"):
         assert setting.guidance is not None
-        beta, bounded = setting.guidance["beta"], "kl_budget" in setting.guidance
-        gold = 2.0 if bounded or beta <= STRENGTH else 2.0 - beta / 32
-        sweep[setting.name] = _answers(gold, 1.0)
-    falls = steering.budgets(sweep).data["fall"]
-    assert [fall["mean"] for fall in falls] == pytest.approx([1.0] + [0.0] * (len(steering.BUDGETS) - 1))
+        falls = setting.guidance["beta"] > STRENGTH and "kl_budget" not in setting.guidance
+        sweep[setting.name] = _answers(2.0 - lost * falls, 1.0)
+    gains = steering.budgets(sweep).data["gain_over_no_budget"]
+    assert len(gains) == len(sweep) - 6
+    for gain in gains:
+        assert gain["mean"] == pytest.approx(lost if gain["beta"] > STRENGTH else 0.0)
