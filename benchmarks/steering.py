@@ -140,7 +140,8 @@ def _headline(beta: float, shares: dict[str, tuple[Estimate, Estimate]]) -> str:
     cheap = {name: both for name, both in own.items() if both[0].mean <= _QUARTER}
     name = max(cheap or own, key=lambda n: (cheap or own)[n][1].mean)
     work, kept = own[name]
-    return f"β = {beta:g}: {name.split(', ', 1)[1]} keeps {kept:.2f} of the gain for {work:.2f} of the reward-model tokens."
+    gate = name.split(", ", 1)[1]
+    return f"β = {beta:g}: {gate} keeps {kept:.2f} of the gain for {work:.2f} of the reward-model tokens."
 
 
 def _budgeted(beta: float, nats: float | None) -> str:
