@@ -211,7 +211,9 @@ def _draw_budgets(figure: Any, sweep: Sweep) -> None:
         label = "no budget" if nats is None else f"budget {nats:g} nats"
         over_beta.errorbar(_betas(nats), heights, errors, fmt="o-", color=colour, capsize=2, label=label)
         over_kl.errorbar([k.mean for k in kl], heights, errors, fmt="o-", color=colour, capsize=2, label=label)
+        for beta, k, place in zip(_betas(nats), kl, heights, strict=True):
+            over_kl.annotate(f"{beta:g}", (k.mean, place), (5, 4), textcoords="offset points", fontsize=7, color=colour)
     over_beta.set(xscale="log", xlabel="strength β", ylabel="mean gold reward")
     over_beta.set_xticks(_BETAS, [f"{beta:g}" for beta in _BETAS])
-    over_kl.set(xlabel="accumulated KL from the base, nats an answer")
+    over_kl.set(xscale="log", xlabel="accumulated KL from the base, nats an answer")
     over_beta.legend(fontsize=8)
