@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench evaluate world clean
+.PHONY: help setup demo test lint format bench evaluate evidence world clean
 
 # Tiny models: a second thread per process only gets in the way of the others.
 export OMP_NUM_THREADS ?= 1
@@ -35,6 +35,9 @@ bench: setup ## measure guided against plain decoding and against the naive refe
 
 evaluate: setup ## measure the quality of guided answers through the server
 	$(RUN) steersman.cli evaluate
+
+evidence: setup ## measure the papers' claims in the demo world with three seeds (about 25 minutes on 2 cores)
+	$(RUN) steersman.benchmarks.evidence
 
 world: setup ## rebuild the demo world's models from nothing (about 25 minutes on 2 cores)
 	$(RUN) steersman.training.world.build

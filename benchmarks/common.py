@@ -36,7 +36,7 @@ def read_prompts(name: str) -> list[str]:
 def environment() -> dict[str, Any]:
     """Everything about this machine and its software that a figure depends on."""
     return {
-        "command": " ".join(["steersman", *sys.argv[1:]]) if "cli" in sys.argv[0] else " ".join(sys.argv),
+        "command": _command(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -48,6 +48,12 @@ def write_json(path: Path, body: dict[str, Any]) -> None:
     """Writes a result with the environment that it was measured in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**body, "environment": environment()}, indent=1) + "\n")
+
+
+def _command() -> str:
+    module = Path(sys.argv[0]).stem
+    program = "steersman" if module == "cli" else f"python -m steersman.benchmarks.{module}"
+    return " ".join([program, *sys.argv[1:]])
 
 
 def _processor() -> str:

@@ -1,209 +1,234 @@
-"""`steersman evaluate`: how good guided answers are, through a server; tuned on some prompts, reported on others."""
+"""`steersman evaluate`: how good guided answers are, through a server.
+
+With --settings it compares the settings of a YAML file over the prompts of a JSONL file. Without, it compares the demo
+world's methods, each at the strength β that is best on tuning prompts, on other prompts.
+"""
 
 import argparse
 import asyncio
-import statistics
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-from scipy import stats
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from steersman.benchmarks.common import RESULTS, demo_server, read_prompts, write_json
-from steersman.training.world import gold
+from steersman.benchmarks.answers import Answers, Server, Summary, ask, connected, summarise
+from steersman.benchmarks.common import RESULTS, demo_server, write_json
+from steersman.benchmarks.settings import (
+    Prompt,
+    Setting,
+    SettingsError,
+    check_models,
+    read_prompt_file,
+    read_settings,
+    world_prompts,
+)
+from steersman.benchmarks.tables import (
+    BLUE,
+    ORANGE,
+    RED,
+    columns,
+    compare,
+    markdown,
+    p_matrix,
+    plot_settings,
+    terminal,
+)
 
 BETAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-_CONCURRENCY = 32
-_MAX_TOKENS = 200
-_JUDGE = "judge"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way of decoding."""
-
-    name: str
-    greedy: bool
-    guidance: dict[str, Any] | None = None
-    fields: dict[str, Any] = field(default_factory=dict)
-
-    def at(self, beta: float) -> "Setting":
-        """The same with another strength."""
-        return replace(self, guidance={**(self.guidance or {}), "beta": beta})
-
-
-def _settings(greedy: bool) -> list[Setting]:
-    kind = "greedy" if greedy else "sampled"
-    args = {"method": "args", "reward_model": "full", "top_k": 10}
-    plain = [] if greedy else [Setting("base, top-k 10", greedy, None, {"top_k": 10})]
-    return [
-        Setting(f"base, {kind}", greedy),
-        *plain,
-        Setting(f"ARGS, {kind}", greedy, args),
-        Setting(f"ARGS with end token, {kind}", greedy, {**args, "end_token": True}),
-        Setting(f"PARGS, {kind}", greedy, {"method": "pargs", "reward_model": "helpful", "top_k": 10}),
-    ]
-
-
-SETTINGS = [*_settings(greedy=False), *_settings(greedy=True)]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer and what it is worth."""
-
-    text: str
-    gold: float
-    judge: float
-    kl: float | None
-    finished: bool
+_TUNING, _REPORTING = 60, 400
+_DEMO_JUDGE = "judge"
+_EXAMPLE = """example of a settings file:
+  base: {}
+  base, cooler: {temperature: 0.7}
+  steered: {guidance: {method: pargs, reward_model: helpful, beta: 2}}
+  steered early: {guidance: {method: pargs, reward_model: helpful, beta: 2, gate: {first_tokens: 16}}}
+"""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Tunes β on the tuning prompts and reports on the others; prints a table, writes JSON, Markdown and PNG."""
-    parser = argparse.ArgumentParser(prog="steersman evaluate", description=__doc__)
-    parser.add_argument("--url", help="Address of a running demo server; without it one is started.")
-    parser.add_argument("--tuning", type=int, default=60, help="Tuning prompts.")
-    parser.add_argument("--reporting", type=int, default=400, help="Reporting prompts.")
-    parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
-    args = parser.parse_args(list(argv))
-    with demo_server(args.url) as url:
-        result = asyncio.run(
-            evaluate(url, read_prompts("tuning")[: args.tuning], read_prompts("reporting")[: args.reporting])
-        )
-    write_json(args.out, result)
-    markdown = to_markdown(result)
-    args.out.with_suffix(".md").write_text(markdown)
-    plot(result, args.out.with_suffix(".png"))
-    _print(result)
+    """Prints a table and writes JSON, Markdown and PNG; 2 for an error in what the user gave, after one line."""
+    args = _parse(argv)
+    try:
+        if args.settings is None:
+            _compare_tuned(args)
+        else:
+            _compare_settings(args)
+    except SettingsError as error:
+        print(f"steersman evaluate: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
-async def evaluate(url: str, tuning: list[str], reporting: list[str]) -> dict[str, Any]:
-    """Every setting with its best β, and the whole curve over β."""
-    timeout = aiohttp.ClientTimeout(total=None)
-    curves: dict[str, list[dict[str, float]]] = {}
-    answers: dict[str, list[Answer]] = {}
-    chosen: dict[str, float | None] = {}
-    guided = [s for s in SETTINGS if s.guidance is not None]
-    async with aiohttp.ClientSession(url, timeout=timeout) as session:
-        with Progress() as progress:
-            task = progress.add_task("tuning β", total=len(guided) * len(BETAS))
-            for setting in guided:
-                curves[setting.name] = []
-                for beta in BETAS:
-                    rows = await _answers(session, setting.at(beta), tuning)
-                    curves[setting.name].append({"beta": beta, **_means(rows)})
-                    progress.advance(task)
-            task = progress.add_task("reporting", total=len(SETTINGS))
-            for setting in SETTINGS:
-                beta_chosen: float | None = None
-                tuned = setting
-                if setting.guidance is not None:
-                    beta_chosen = max(curves[setting.name], key=lambda point: point["gold"])["beta"]
-                    tuned = setting.at(beta_chosen)
-                chosen[setting.name] = beta_chosen
-                answers[setting.name] = await _answers(session, tuned, reporting)
-                progress.advance(task)
-    return {
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="steersman evaluate",
+        description=__doc__,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--settings", type=Path, metavar="FILE.yaml", help="NAME: {guidance: {…}, any sampling field}.")
+    parser.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help="Rows with prompt or messages.")
+    parser.add_argument("--url", help="Address of a running server; without it the demo server is started.")
+    parser.add_argument("--model", metavar="NAME", help="Model to ask; by default the first that the server lists.")
+    parser.add_argument(
+        "--judge", metavar="NAME", help="Reward model that judges answers and steers none; in the demo: judge."
+    )
+    parser.add_argument("--limit", type=_positive, help=f"Use this many prompts, the first; tuned: {_REPORTING}.")
+    parser.add_argument("--samples", type=_positive, default=1, help="Answers to each prompt under each setting.")
+    parser.add_argument("--seed", type=int, default=0, help="Other answers by chance.")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="Where the results go; by default evaluation/.")
+    return parser.parse_args(list(argv))
+
+
+def _compare_settings(args: argparse.Namespace) -> None:
+    settings = read_settings(args.settings)
+    prompts = (world_prompts("reporting") if args.prompts is None else read_prompt_file(args.prompts))[: args.limit]
+    judge = args.judge or (_DEMO_JUDGE if args.url is None else None)
+    with demo_server(args.url) as url:
+        answers = asyncio.run(_ask_all(args, url, judge, settings, prompts))
+    rows = [summarise(name, given) for name, given in answers.items()]
+    tests = compare(answers)
+    about = f"{len(prompts)} prompts, {args.samples} answers to each; mean ± standard error over prompts."
+    out = args.out or Path("evaluation")
+    body = {"prompts": len(prompts), "samples": args.samples, "seed": args.seed, "judge": judge}
+    body |= {"settings": [{"name": s.name, "guidance": s.guidance, **s.fields} for s in settings]}
+    body |= {"rows": [row.dump() for row in rows], "tests": tests}
+    matrices = [m for measure in ("gold", "judge") if len(m := p_matrix(tests, measure)) > 1]
+    _write(out / args.settings.stem, body, [columns(rows), *matrices], about)
+    plot_settings(rows, out / f"{args.settings.stem}.png")
+
+
+async def _ask_all(
+    args: argparse.Namespace, url: str, judge: str | None, settings: Sequence[Setting], prompts: Sequence[Prompt]
+) -> dict[str, Answers]:
+    async with connected(url, args.model, judge) as server:
+        check_models(settings, judge, server.reward_models, server.policies)
+        with progress_bar() as progress:
+            return {
+                setting.name: await ask_shown(server, setting, prompts, progress, samples=args.samples, seed=args.seed)
+                for setting in settings
+            }
+
+
+def progress_bar() -> Progress:
+    """How many answers of each setting are there."""
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
+
+async def ask_shown(
+    server: Server, setting: Setting, prompts: Sequence[Prompt], progress: Progress, *, samples: int = 1, seed: int = 0
+) -> Answers:
+    """`ask` under a bar that goes when all answers are there."""
+    task = progress.add_task(setting.name, total=len(prompts) * samples)
+    answers = await ask(server, setting, prompts, samples=samples, seed=seed, on_answer=lambda: progress.advance(task))
+    progress.remove_task(task)
+    return answers
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way of decoding whose β, where it has one, is tuned."""
+
+    family: str
+    greedy: bool
+    guidance: dict[str, Any] | None = None
+    top_k: int = 0
+
+    @property
+    def name(self) -> str:
+        """As tables show it."""
+        return f"{self.family}, {'greedy' if self.greedy else 'sampled'}"
+
+    def at(self, beta: float | None) -> Setting:
+        """The setting with a strength, or as it is."""
+        fields = {"temperature": 0.0 if self.greedy else 1.0, **({"top_k": self.top_k} if self.top_k else {})}
+        name = self.name if beta is None else f"{self.name}, β = {beta:g}"
+        return Setting(name, self.guidance if beta is None else {**(self.guidance or {}), "beta": beta}, fields)
+
+
+def candidates() -> list[Candidate]:
+    """What `make evaluate` compares."""
+    args = {"method": "args", "reward_model": "full", "top_k": 10}
+    pargs = {"method": "pargs", "reward_model": "helpful", "top_k": 10}
+    families = {"base": None, "ARGS": args, "ARGS with end token": {**args, "end_token": True}, "PARGS": pargs}
+    found = [Candidate(family, greedy, guidance) for greedy in (False, True) for family, guidance in families.items()]
+    return [found[0], Candidate("base, top-k 10", False, top_k=10), *found[1:]]
+
+
+def _compare_tuned(args: argparse.Namespace) -> None:
+    for flag in ("prompts", "samples", "seed"):
+        if getattr(args, flag) not in (None, 0, 1):
+            raise SettingsError(f"--{flag}: needs --settings; the tuned comparison has its own")
+    tuning, reporting = world_prompts("tuning")[:_TUNING], world_prompts("reporting")[: args.limit or _REPORTING]
+    judge = args.judge or _DEMO_JUDGE
+    with demo_server(args.url) as url:
+        curves, betas, answers = asyncio.run(_tune_and_report(args, url, judge, tuning, reporting))
+    rows = [summarise(name, given) for name, given in answers.items()]
+    tests = [test for test in compare(answers) if _by_pargs(test)]
+    body = {
         "tuning_prompts": len(tuning),
         "reporting_prompts": len(reporting),
-        "rows": [{"name": name, "beta": chosen[name], **_summary(rows)} for name, rows in answers.items()],
-        "tests": _tests(answers),
-        "curves": curves,
+        "rows": [{**row.dump(), "beta": betas[row.name]} for row in rows],
+        "tests": tests,
+        "curves": {name: [{"beta": beta, **row.dump()} for beta, row in curve] for name, curve in curves.items()},
     }
-
-
-async def _answers(session: aiohttp.ClientSession, setting: Setting, prompts: Sequence[str]) -> list[Answer]:
-    gate = asyncio.Semaphore(_CONCURRENCY)
-
-    async def one(number: int, prompt: str) -> Answer:
-        body: dict[str, Any] = {
-            "model": "demo",
-            "prompt": prompt,
-            "max_tokens": _MAX_TOKENS,
-            "temperature": 0.0 if setting.greedy else 1.0,
-            "seed": number,
-            **setting.fields,
-        }
-        if setting.guidance is not None:
-            body["guidance"] = setting.guidance
-        async with gate:
-            choice = (await _post(session, "/v1/completions", body))["choices"][0]
-            text, finished = choice["text"], choice["finish_reason"] == "stop"
-            wanted = {"model": _JUDGE, "prompt": prompt, "responses": [text], "end_token": finished}
-            judged = await _post(session, "/v1/rewards", wanted)
-        kl = None if choice.get("guidance") is None else choice["guidance"]["kl"]
-        return Answer(text, gold.score(prompt, text).total, judged["data"][0]["reward"], kl, finished)
-
-    return list(await asyncio.gather(*(one(n, p) for n, p in enumerate(prompts))))
-
-
-async def _post(session: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    async with session.post(path, json=body) as response:
-        if response.status != 200:
-            raise RuntimeError(await response.text())
-        return dict(await response.json())
-
-
-def _means(rows: Sequence[Answer]) -> dict[str, float]:
-    return {"gold": statistics.fmean(a.gold for a in rows), "judge": statistics.fmean(a.judge for a in rows)}
-
-
-def _summary(rows: Sequence[Answer]) -> dict[str, Any]:
-    kls = [a.kl for a in rows if a.kl is not None]
-    return {
-        **_means(rows),
-        "gold_standard_error": statistics.stdev(a.gold for a in rows) / len(rows) ** 0.5,
-        "judge_standard_error": statistics.stdev(a.judge for a in rows) / len(rows) ** 0.5,
-        "kl": statistics.fmean(kls) if kls else None,
-        "distinct": len({a.text for a in rows}),
-        "finished": statistics.fmean(a.finished for a in rows),
+    p = {test["than"]: f"{test['p']:.1g}" for test in tests if test["by"] == "gold"}
+    table = columns(rows)
+    table = {
+        "decoding": table.pop("setting"),
+        "β": ["" if (beta := betas[row.name]) is None else f"{beta:g}" for row in rows],
+        **{"gold reward": table.pop("gold reward"), "independent reward model": table.pop("judge")},
+        "PARGS better, p": [p.get(row.name, "") for row in rows],
+        **table,
     }
-
-
-def _tests(answers: dict[str, list[Answer]]) -> list[dict[str, Any]]:
-    """PARGS against each other setting of its kind: one-sided Wilcoxon signed-rank tests over the same prompts."""
-    tests = []
-    for setting in SETTINGS:
-        best = f"PARGS, {'greedy' if setting.greedy else 'sampled'}"
-        if setting.name == best:
-            continue
-        for measure in ("gold", "judge"):
-            pairs = zip(answers[best], answers[setting.name], strict=True)
-            differences = [getattr(a, measure) - getattr(b, measure) for a, b in pairs]
-            p = float(stats.wilcoxon(differences, alternative="greater").pvalue) if any(differences) else 1.0
-            mean = statistics.fmean(differences)
-            tests.append({"better": best, "than": setting.name, "by": measure, "difference": mean, "p": p})
-    return tests
-
-
-def to_markdown(result: dict[str, Any]) -> str:
-    """The table of the README."""
-    lines = ["| decoding | β | gold reward | independent reward model | PARGS better, p | finished | distinct |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    p_values = {t["than"]: t["p"] for t in result["tests"] if t["by"] == "gold"}
-    for row in result["rows"]:
-        p = p_values.get(row["name"])
-        lines.append(
-            f"| {row['name']} | {'' if row['beta'] is None else format(row['beta'], 'g')} "
-            f"| {row['gold']:.2f} ± {row['gold_standard_error']:.2f} "
-            f"| {row['judge']:.2f} ± {row['judge_standard_error']:.2f} "
-            f"| {'' if p is None else format(p, '.1g')} | {row['finished']:.0%} | {row['distinct']} |"
-        )
-    count = f"{result['reporting_prompts']} prompts that nothing was tuned on"
-    return (
-        "\n".join([*lines, "", f"Mean ± standard error over {count}; β by gold on {result['tuning_prompts']} others."])
-        + "\n"
+    about = (
+        f"Mean ± standard error over {len(reporting)} prompts that nothing was tuned on; "
+        f"β by gold on {len(tuning)} others."
     )
+    out = args.out or RESULTS
+    _write(out / "quality", body, [table], about)
+    plot_strength(curves, out / "quality.png")
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
+async def _tune_and_report(
+    args: argparse.Namespace, url: str, judge: str, tuning: Sequence[Prompt], reporting: Sequence[Prompt]
+) -> tuple[dict[str, list[tuple[float, Summary]]], dict[str, float | None], dict[str, Answers]]:
+    """Every candidate's curve over β, the β that was chosen, and its answers with that."""
+    curves: dict[str, list[tuple[float, Summary]]] = {}
+    betas: dict[str, float | None] = {}
+    answers: dict[str, Answers] = {}
+    async with connected(url, args.model, judge) as server:
+        check_models([c.at(None) for c in candidates()], judge, server.reward_models, server.policies)
+        with progress_bar() as progress:
+            for candidate in candidates():
+                beta = None
+                if candidate.guidance is not None:
+                    curve = []
+                    for strength in BETAS:
+                        tuned = await ask_shown(server, candidate.at(strength), tuning, progress)
+                        curve.append((strength, summarise(candidate.name, tuned)))
+                    curves[candidate.name] = curve
+                    beta = max(curve, key=lambda point: _gold(point[1]))[0]
+                betas[candidate.name] = beta
+                answers[candidate.name] = await ask_shown(server, candidate.at(beta), reporting, progress)
+    return curves, betas, answers
+
+
+def _gold(row: Summary) -> float:
+    assert row.gold is not None
+    return row.gold.mean
+
+
+def _by_pargs(test: dict[str, Any]) -> bool:
+    """PARGS against another way of the same kind, greedy or sampled."""
+    return bool(test["better"] == f"PARGS, {test['than'].rpartition(', ')[2]}")
+
+
+def plot_strength(curves: dict[str, list[tuple[float, Summary]]], path: Path) -> None:
     """Gold and the independent reward over β: both rise, then gold falls off."""
     import matplotlib
 
@@ -212,12 +237,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True)
     for axis, measure in zip(axes, ("gold", "judge"), strict=True):
-        for name, curve in result["curves"].items():
+        for name, curve in curves.items():
             style = "--" if name.endswith("greedy") else "-"
-            colour = {"ARGS": "#e76f51", "ARGS with end token": "#f4a261", "PARGS": "#2a6f97"}[name.split(", ")[0]]
-            axis.plot(
-                [c["beta"] for c in curve], [c[measure] for c in curve], style, marker="o", color=colour, label=name
-            )
+            colour = {"ARGS": RED, "ARGS with end token": ORANGE, "PARGS": BLUE}[name.split(", ")[0]]
+            heights = [getattr(row, measure).mean for _, row in curve]
+            axis.plot([beta for beta, _ in curve], heights, style, marker="o", color=colour, label=name)
         axis.set(xscale="log", xlabel="strength β", ylabel=f"mean {measure} reward")
     axes[0].set_title("Gold reward (the truth)")
     axes[1].set_title("Independent reward model")
@@ -226,21 +250,18 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _print(result: dict[str, Any]) -> None:
-    table = Table("decoding", "β", "gold", "judge", "KL", "finished", "distinct")
-    for row in result["rows"]:
-        table.add_row(
-            row["name"],
-            "" if row["beta"] is None else f"{row['beta']:g}",
-            f"{row['gold']:.2f} ± {row['gold_standard_error']:.2f}",
-            f"{row['judge']:.2f} ± {row['judge_standard_error']:.2f}",
-            "" if row["kl"] is None else f"{row['kl']:.1f}",
-            f"{row['finished']:.0%}",
-            str(row["distinct"]),
-        )
+def _write(stem: Path, body: dict[str, Any], tables: Sequence[dict[str, list[str]]], about: str) -> None:
+    write_json(stem.with_name(f"{stem.name}.json"), body)
+    text = "\n".join([*map(markdown, tables), f"{about}\n"])
+    stem.with_name(f"{stem.name}.md").write_text(text, encoding="utf-8")
     console = Console()
-    console.print(table)
-    for test in result["tests"]:
-        console.print(
-            f"{test['better']} over {test['than']} by {test['by']}: {test['difference']:+.2f}, p = {test['p']:.1g}"
-        )
+    for table in tables:
+        console.print(terminal(table))
+    console.print(f"{about}\nwritten: {stem}.json, .md and .png", soft_wrap=True)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
