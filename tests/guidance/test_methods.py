@@ -97,10 +97,15 @@ def test_the_distribution_is_the_references(runtime: GuidanceRuntime, models: Pa
 
 
 def test_the_same_seed_makes_the_same_monte_carlo_decisions_whoever_is_beside(
-    runtime: GuidanceRuntime, rng: random.Random
+    runtime: GuidanceRuntime, models: Path, rng: random.Random
 ) -> None:
     prompt, logits = random_prompts(rng, 1)[0], 2 * torch.randn(40, VOCABULARY)
-    near = {"method": "kl_threshold", "policy": "expert", "estimator": "monte_carlo", "samples": 2, "threshold": 1.0}
+    policy = language_model(models / "expert")(prompt).double().log_softmax(-1)
+    divergences = (policy.exp() * (policy - logits.double().log_softmax(-1))).sum(-1)
+    near = {
+        "method": "kl_threshold", "policy": "expert", "threshold": float(divergences.median()),
+        "estimator": "monte_carlo", "samples": 2,
+    }  # fmt: skip
 
     def decisions(seed: int, crowd: int) -> list[bool]:
         opened = []

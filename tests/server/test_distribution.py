@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.distribution import CASES, DRAWS, check_draws
+from tests.support.distribution import CASES, COARSE_CASES, DRAWS, FEW_DRAWS, Case, check_draws
 from tests.support.oracle import load_oracle
 from tests.support.server import Server
 from tests.support.traffic import Asked, ask, gather_limited
@@ -22,21 +22,23 @@ def prompt() -> list[int]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_tokens(server: Server, models: Path, prompt: list[int], name: str) -> None:
-    _check(server, models, prompt, name, length=2)
+    _check(server, models, prompt, CASES[name], 2, DRAWS)
 
 
-@pytest.mark.parametrize("name", ["gated reward", "mixed 0.3", "product of three", "kl_threshold monte carlo"])
+@pytest.mark.parametrize("name", COARSE_CASES)
 def test_one_token_on_model_runner_v2(server_v2: Server, models: Path, prompt: list[int], name: str) -> None:
-    _check(server_v2, models, prompt[:1], name, length=1)
+    _check(server_v2, models, prompt[:1], COARSE_CASES[name], 1, FEW_DRAWS)
 
 
-def _check(server: Server, models: Path, prompt: list[int], name: str, length: int) -> None:
-    guidance, right, wrong = CASES[name](load_oracle(models), prompt, length)
+def _check(server: Server, models: Path, prompt: list[int], case: Case, length: int, draws: int) -> None:
+    guidance, right, wrong = case(load_oracle(models), prompt, length)
     asked = Asked(prompt, guidance, length, {"temperature": 1.0, "n": 100})
 
     async def run() -> list[list[int]]:
         client = server.async_client
-        answers = await gather_limited(4, [ask(client, asked) for _ in range(DRAWS // 100)])
+        answers = await gather_limited(4, [ask(client, asked) for _ in range(draws // 100)])
         return [choice.tokens for choices in answers for choice in choices]
 
-    check_draws(asyncio.run(run()), right, wrong)
+    drawn = asyncio.run(run())
+    assert len(drawn) == draws
+    check_draws(drawn, right, wrong)
