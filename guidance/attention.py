@@ -8,6 +8,7 @@ row's prefix and candidates together, and a mask lets each candidate see the pre
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,6 +40,12 @@ class AttentionBatch:
     """[T, scratch columns] bool: which scratch columns each token sees."""
     masks: dict[tuple[int | None, int], torch.Tensor] = field(default_factory=dict)
 
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """Flat indices of the written tokens' places in a layer's cache."""
+        block, offset = self.destinations
+        return (block * BLOCK_SIZE + offset).reshape(-1)
+
     def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> torch.Tensor:
         """Additive mask [G, 1, groups · T, L] for a sliding window of `window` tokens, or none."""
         key = (window, groups)
@@ -55,11 +62,30 @@ class AttentionBatch:
         return self.masks[key]
 
 
+@dataclass(frozen=True)
+class AttentionSettings:
+    """How one layer attends."""
+
+    scale: float
+    window: int | None = None
+    """Tokens that a token sees, itself included; None for all."""
+    softcap: float | None = None
+    """Scores are capped at (Gemma 2)."""
+    sinks: torch.Tensor | None = None
+    """[HQ] scores that belong to no token (gpt-oss)."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the fused attention function can do it."""
+        return self.softcap is None and self.sinks is None
+
+
 @dataclass
 class ShapeProbe:
-    """Stands in for a batch while a model is probed: records each layer's shape and attends causally."""
+    """Stands in for a batch while a model is probed: records each layer's shape and settings."""
 
     layers: dict[int, LayerShape] = field(default_factory=dict)
+    settings: dict[int, AttentionSettings] = field(default_factory=dict)
     calls: int = 0
 
 
@@ -94,38 +120,32 @@ def attend(
     """query [G, HQ, T, d], key [G, H, T, d], value [G, H, T, dv] → ([G, T, HQ, dv], None)."""
     if _current is None:
         raise RuntimeError("the model was called outside of steersman's runtime")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    settings = AttentionSettings(
+        query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux
+    )
     layer: int = module.layer_idx
     if isinstance(_current, ShapeProbe):
         _current.calls += 1
         _current.layers[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
+        _current.settings[layer] = settings
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
-    return _attend_paged(_current, layer, query, key, value, scale, sliding_window, softcap, s_aux), None
+    return attend_paged(_current, layer, query, key, value, settings), None
 
 
-def _attend_paged(
+def attend_paged(
     batch: AttentionBatch,
     layer: int,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    settings: AttentionSettings,
 ) -> torch.Tensor:
+    """Writes keys and values to the cache and attends: shapes as `attend`'s → [G, T, HQ, dv]."""
     rows, query_heads, fed, width = query.shape
     heads = key.shape[1]
     all_keys, all_values = batch.cache.keys[layer], batch.cache.values[layer]
-    block, offset = batch.destinations
-    if batch.written is None:
-        all_keys[:, block, offset] = key.transpose(0, 1)
-        all_values[:, block, offset] = value.transpose(0, 1)
-    else:
-        row, column = batch.written
-        all_keys[:, block, offset] = key.transpose(0, 1)[:, row, column]
-        all_values[:, block, offset] = value.transpose(0, 1)[:, row, column]
-
+    _write(all_keys, key, batch)
+    _write(all_values, value, batch)
     columns = batch.tables.shape[1] * BLOCK_SIZE
     table = batch.tables.reshape(-1)
     keys = all_keys.index_select(1, table).view(heads, rows, columns, width).transpose(0, 1)
@@ -134,25 +154,30 @@ def _attend_paged(
     # Query heads that share a key head are folded into the token axis: nothing is repeated.
     groups = query_heads // heads
     folded = query.reshape(rows, heads, groups * fed, width)
-    mask = batch.mask(window, groups, query.dtype)
-    if softcap is None and sinks is None:
-        out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+    mask = batch.mask(settings.window, groups, query.dtype)
+    if settings.is_plain:
+        out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=settings.scale)
     else:
-        out = _attend_explicitly(folded, keys, values, mask, scale, softcap, sinks)
+        out = _attend_explicitly(folded, keys, values, mask, settings)
     return out.view(rows, query_heads, fed, -1).transpose(1, 2)
 
 
+def _write(cached: torch.Tensor, tokens: torch.Tensor, batch: AttentionBatch) -> None:
+    """Puts tokens [G, H, T, d] into their slots of a layer's cache [H, blocks, BLOCK_SIZE, d]."""
+    heads, width = cached.shape[0], cached.shape[-1]
+    new = tokens.transpose(0, 1)
+    if batch.written is not None:
+        row, column = batch.written
+        new = new[:, row, column]
+    cached.view(heads, -1, width).index_copy_(1, batch.slots, new.reshape(heads, -1, width))
+
+
 def _attend_explicitly(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, settings: AttentionSettings
 ) -> torch.Tensor:
-    """Softmax attention with what the fused function lacks: capped scores (Gemma 2) and attention sinks (gpt-oss)."""
-    scores = (query @ keys.transpose(-1, -2)).float() * scale
+    """Softmax attention with what the fused function lacks: capped scores and attention sinks."""
+    softcap, sinks = settings.softcap, settings.sinks
+    scores = (query @ keys.transpose(-1, -2)).float() * settings.scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores + mask

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from steersman.guidance.attention import ATTENTION_NAME, AttentionBatch, ShapeProbe, attending
+from steersman.guidance.attention import ATTENTION_NAME, AttentionBatch, AttentionSettings, ShapeProbe, attending
 from steersman.guidance.cache import BLOCK_SIZE, CachedSequence, CacheFull, LayerShape, PagedCache
+from steersman.guidance.decoder import fuse_decoder
 
 _PREFILL_TOKENS = 4096
 """Padded tokens a prefill forward reads at most: bounds its activations."""
@@ -69,7 +70,8 @@ class CausalModel:
         self.window = find_window(model.config)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        layers = self._probe_layers()
+        layers, settings = self._probe_layers()
+        self.decoder = fuse_decoder(model, settings)
         self.bytes_per_token = PagedCache.bytes_per_token(layers, self.dtype)
         blocks = cache_bytes // (self.bytes_per_token * BLOCK_SIZE) - 1
         scratch = min(max_rows, blocks // 4)
@@ -278,6 +280,8 @@ class CausalModel:
         return hidden
 
     def _forward(self, ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        if self.decoder is not None:
+            return self.decoder(ids, batch)
         with attending(batch):
             return self.body(input_ids=ids, position_ids=batch.positions, use_cache=False, return_dict=True)[0]
 
@@ -292,7 +296,7 @@ class CausalModel:
         return torch.tensor(blocks, device=self.device), torch.tensor(offsets, device=self.device)
 
     @torch.inference_mode()
-    def _probe_layers(self) -> list[LayerShape]:
+    def _probe_layers(self) -> tuple[list[LayerShape], list[AttentionSettings]]:
         self.model.set_attn_implementation(ATTENTION_NAME)
         probe = ShapeProbe()
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
@@ -307,7 +311,8 @@ class CausalModel:
                 f"{self._refusal()} its {expected} layers called the attention function {probe.calls} times; it does "
                 "not use transformers' attention interface"
             )
-        return [probe.layers[index] for index in range(probe.calls)]
+        order = range(probe.calls)
+        return [probe.layers[index] for index in order], [probe.settings[index] for index in order]
 
     def _refusal(self) -> str:
         kind = getattr(self.model.config, "model_type", "unknown")

@@ -87,12 +87,12 @@ def test_architectures_that_would_be_scored_wrongly_are_refused(name: str, confi
 def test_a_model_whose_cached_rewards_are_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from steersman.guidance import attention
 
-    honest = attention._attend_paged
+    honest = attention.attend_paged
 
     def careless(batch: Any, layer: int, *tensors: Any) -> torch.Tensor:
         return honest(batch, layer, *tensors) * (1.05 if layer == 1 else 1.0)
 
-    monkeypatch.setattr(attention, "_attend_paged", careless)
+    monkeypatch.setattr(attention, "attend_paged", careless)
     with pytest.raises(ModelRefused, match="differ from plain forwards"):
         CausalReward(_build("Llama", 0), "off", cache_bytes=2**22)
 

@@ -15,6 +15,8 @@ from tests.support.server import Server
 from tests.support.traffic import Asked, ask
 
 BROKEN = {"method": "pargs", "reward_model": "broken", "beta": 1.5, "top_k": 5}
+UNPOISONED = {str(POISON): -100}
+"""Without this bias the poisonous token may turn up among the candidates of any prompt."""
 NEIGHBOURS = [
     BROKEN,
     {**BROKEN, "reward_model": "first"},
@@ -82,8 +84,9 @@ def test_prefixes_of_poisoned_prompts_are_scored_rightly_afterwards(
 
 
 def _check_against(oracle: Oracle, server: Server, prompt: list[int]) -> bool:
-    """Compares with the reference; False where the poisonous token itself is a candidate on the way."""
-    answer = server.complete(prompt, BROKEN, max_tokens=8, temperature=0, return_token_ids=True)["choices"][0]
+    """Compares with the reference; False where it has the poisonous token itself for a candidate on the way."""
+    fields = {"temperature": 0, "return_token_ids": True, "logit_bias": UNPOISONED}
+    answer = server.complete(prompt, BROKEN, max_tokens=8, **fields)["choices"][0]
     if any(POISON in step.candidates for step in oracle.replay(prompt, answer["token_ids"], BROKEN)):
         return False
     oracle.assert_greedy(prompt, BROKEN, answer["token_ids"], 8)
@@ -108,9 +111,7 @@ def _receive(client: openai.OpenAI, fields: dict[str, Any]) -> None:
 
 
 def _clean(rng: random.Random, guidance: dict[str, Any]) -> Asked:
-    # Without the bias the poisonous token may turn up among the candidates.
-    fields = {"temperature": 0, "logit_bias": {str(POISON): -100}}
-    return Asked(_prompt(rng), guidance, rng.randint(20, 40), fields)
+    return Asked(_prompt(rng), guidance, rng.randint(20, 40), {"temperature": 0, "logit_bias": UNPOISONED})
 
 
 def _poisoned(rng: random.Random) -> list[int]:
