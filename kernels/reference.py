@@ -15,9 +15,11 @@ def select_candidates(
     log-probabilities [B, k] over the whole vocabulary.
     """
     values, ids = logits.topk(k, dim=-1)
+    logprobs = logits.log_softmax(dim=-1).gather(1, ids)
     if limits is not None:
-        values = values.masked_fill(torch.arange(k, device=logits.device) >= limits, -torch.inf)
-    return ids, values, values - logits.logsumexp(dim=-1, keepdim=True)
+        beyond = torch.arange(k, device=logits.device) >= limits
+        values, logprobs = values.masked_fill(beyond, -torch.inf), logprobs.masked_fill(beyond, -torch.inf)
+    return ids, values, logprobs
 
 
 def write_candidates(logits: torch.Tensor, rows: torch.Tensor | None, ids: torch.Tensor, scores: torch.Tensor) -> None:
