@@ -45,7 +45,7 @@ class FusedDecoder:
 
     def __init__(self, body: Any, settings: Sequence[AttentionSettings]) -> None:
         first = body.layers[0].self_attn
-        self._embedding: torch.Tensor = body.embed_tokens.weight
+        self._embed: torch.nn.Embedding = body.embed_tokens
         self._norm: torch.Tensor = body.norm.weight
         self._epsilon: float = body.norm.variance_epsilon
         self._frequencies: torch.Tensor = body.rotary_emb.inv_freq.float()
@@ -58,7 +58,7 @@ class FusedDecoder:
     def __call__(self, ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """ids [G, T] int64 → hidden states [G, T, D] behind the last norm."""
         rows, fed = ids.shape
-        hidden = F.embedding(ids.reshape(-1), self._embedding)
+        hidden = self._embed(ids).view(rows * fed, -1)
         rotary = self._rotary(batch.positions)
         for number, layer in enumerate(self._layers):
             attended = self._attend(number, layer, self._normalise(hidden, layer.input_norm), rotary, batch)
@@ -91,7 +91,7 @@ class FusedDecoder:
         """Cosines and sines [G, 1, T, d], the first half of the sines negated: x · cos + roll(x) · sin rotates x."""
         angles = positions.unsqueeze(1).unsqueeze(-1) * self._frequencies
         cosine, sine = angles.cos() * self._scaling, angles.sin() * self._scaling
-        dtype = self._embedding.dtype
+        dtype = self._norm.dtype
         return torch.cat((cosine, cosine), dim=-1).to(dtype), torch.cat((-sine, sine), dim=-1).to(dtype)
 
     def _normalise(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

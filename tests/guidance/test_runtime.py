@@ -81,9 +81,9 @@ def test_the_distribution_is_the_references(runtime: GuidanceRuntime, models: Pa
 
 
 def test_all_rows_of_one_model_are_scored_in_one_forward(runtime: GuidanceRuntime, rng: random.Random) -> None:
-    body = runtime.reward_models["first"].model.body  # type: ignore[attr-defined]
+    embedding = runtime.reward_models["first"].model.body.get_input_embeddings()  # type: ignore[attr-defined]
     calls = []
-    handle = body.register_forward_hook(lambda *_: calls.append(1))
+    handle = embedding.register_forward_hook(lambda *_: calls.append(1))
     prompts = random_prompts(rng, 24, shortest=2, longest=20)
     guidance = {"method": "pargs", "reward_model": "first"}
     rows = [Row(n, runtime.start(("one", n), plan_of(guidance), len(p)), p, []) for n, p in enumerate(prompts)]

@@ -143,19 +143,19 @@ def _decode(
 
 @contextmanager
 def _counting(runtime: GuidanceRuntime) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
-    """Tokens and forwards by model, seen at the bodies' inputs."""
+    """Tokens and forwards by model, seen where they are embedded."""
     models = {**runtime.reward_models, **runtime.policies}
     tokens, forwards = dict.fromkeys(models, 0), dict.fromkeys(models, 0)
 
     def hook(name: str) -> Any:
-        def count(_module: Any, _args: Any, inputs: dict[str, Any]) -> None:
-            tokens[name] += inputs["input_ids"].numel()
+        def count(_module: Any, inputs: tuple[torch.Tensor]) -> None:
+            tokens[name] += inputs[0].numel()
             forwards[name] += 1
 
         return count
 
     handles = [
-        model.model.body.register_forward_pre_hook(hook(name), with_kwargs=True)  # type: ignore[attr-defined]
+        model.model.body.get_input_embeddings().register_forward_pre_hook(hook(name))  # type: ignore[attr-defined]
         for name, model in models.items()
     ]
     try:
