@@ -63,20 +63,23 @@ def main(argv: Sequence[str]) -> int:
 
 
 def measure_level(url: str, prompts: list[str], concurrency: int, rounds: int, console: Console) -> dict[str, Any]:
-    """Plain and every method in turn, so that a slow spell of the machine falls on all of them."""
+    """Plain and every method in turn, so that a slow spell of the machine falls on all of them; plain before every
+    other method, for it is what all are compared with."""
     arms: dict[str, list[Measurement]] = {name: [] for name in ("plain", *METHODS)}
+    names = list(METHODS)
+    order = [name for n in range(0, len(names), 2) for name in ("plain", *names[n : n + 2])]
     streams: dict[str, list[Measurement]] = {"plain": [], "pargs": []}
     stages: list[dict[str, float]] = []
+    load = Load(concurrency, requests=max(2, 2 * concurrency), max_tokens=_TOKENS)
     for _ in track(range(rounds), f"concurrency {concurrency}", console=console):
-        for name in arms:
+        for name in order:
             guidance, before = METHODS.get(name), _work(url)
-            load = Load(concurrency, requests=max(2, 2 * concurrency), max_tokens=_TOKENS)
             arms[name].append(asyncio.run(run_load(url, prompts, guidance, load)))
             if name == "pargs":
                 after = _work(url)
                 stages.append({key: after[key] - before[key] for key in after})
-            if name in streams:
-                streams[name].append(asyncio.run(run_load(url, prompts, guidance, replace(load, stream=True))))
+        for name, runs in streams.items():
+            runs.append(asyncio.run(run_load(url, prompts, METHODS.get(name), replace(load, stream=True))))
     summary: dict[str, Any] = {
         "concurrency": concurrency,
         "plain": _summarise(arms["plain"], streams["plain"]),
@@ -94,7 +97,12 @@ def measure_level(url: str, prompts: list[str], concurrency: int, rounds: int, c
 
 def _compare(runs: list[Measurement], plain: list[Measurement]) -> dict[str, Any]:
     """A method beside plain decoding, round by round, and the tokens that it read for each that it generated."""
-    ratios = [run.tokens_per_second / other.tokens_per_second for run, other in zip(runs, plain, strict=True)]
+    often = len(plain) // len(runs)
+    rounds = [plain[n : n + often] for n in range(0, len(plain), often)]
+    ratios = [
+        run.tokens_per_second / statistics.mean(other.tokens_per_second for other in beside)
+        for run, beside in zip(runs, rounds, strict=True)
+    ]
     reports = [report for run in runs for report in run.reports]
     generated = sum(report["tokens"] for report in reports)
     fields = ("reward_model_tokens", "policy_tokens", "saved_reward_model_tokens", "saved_policy_tokens")

@@ -37,7 +37,7 @@ class AttentionBatch:
     destinations: tuple[torch.Tensor, torch.Tensor]
     """(block, offset) of each written token, of the shape of `written` or [G, T]."""
     branches: torch.Tensor | None = None
-    """[T, scratch columns] bool: which scratch columns each token sees."""
+    """[T, scratch columns]: 0 where a token sees a scratch column, -inf where it does not."""
     masks: dict[tuple[int | None, int], torch.Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -55,10 +55,10 @@ class AttentionBatch:
             allowed = columns < self.visible.unsqueeze(-1)
             if window is not None:
                 allowed &= columns > self.positions.unsqueeze(-1) - window
+            mask = torch.where(allowed, 0.0, -torch.inf).to(dtype)
             if self.branches is not None:
-                allowed = torch.cat((allowed, self.branches.expand(len(allowed), -1, -1)), dim=-1)
-            mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
-            self.masks[key] = mask.repeat(1, groups, 1).unsqueeze(1)
+                mask = torch.cat((mask, self.branches.to(dtype).expand(len(mask), -1, -1)), dim=-1)
+            self.masks[key] = (mask if groups == 1 else mask.repeat(1, groups, 1)).unsqueeze(1)
         return self.masks[key]
 
 

@@ -71,7 +71,6 @@ class CausalModel:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         layers, settings = self._probe_layers()
-        self.decoder = fuse_decoder(model, settings)
         self.bytes_per_token = PagedCache.bytes_per_token(layers, self.dtype)
         blocks = cache_bytes // (self.bytes_per_token * BLOCK_SIZE) - 1
         scratch = min(max_rows, blocks // 4)
@@ -81,6 +80,7 @@ class CausalModel:
                 f"{self.bytes_per_token} bytes a token; give it more with --guidance-cache"
             )
         self.cache = PagedCache(layers, blocks - scratch, scratch, self.dtype, self.device)
+        self.decoder = fuse_decoder(model, settings, min(self.window, blocks * BLOCK_SIZE))
         self._sequences: dict[Hashable, CachedSequence] = {}
         self._layouts: dict[tuple[int, int, int], _Layout] = {}
 
@@ -206,16 +206,16 @@ class CausalModel:
         return self.head(hidden[:, fed - max(k, 1) :]).float()
 
     def _candidate_layout(self, k: int, branches: int, scratch: int) -> _Layout:
-        """What is the same in every step: positions ahead of the last token [T], scratch columns seen
+        """What is the same in every step: positions ahead of the last token [T], scratch columns' mask
         [T, scratch · BLOCK_SIZE] or None without scratch, and each branch token's scratch block and offset [T - 1]."""
         key = (k, branches, scratch)
         if key not in self._layouts:
             column = torch.arange(k * branches, device=self.device)
             seen = None
             if scratch:
-                seen = torch.zeros(1 + k * branches, scratch * BLOCK_SIZE, dtype=torch.bool, device=self.device)
-                seen[1 + column, column] = True
-                seen[1 + column, column % k] = True
+                seen = torch.full((1 + k * branches, scratch * BLOCK_SIZE), -torch.inf, device=self.device)
+                seen[1 + column, column] = 0.0
+                seen[1 + column, column % k] = 0.0
             ahead = torch.cat((column.new_zeros(1), 1 + column // max(k, 1)))
             self._layouts[key] = (ahead, seen, column // BLOCK_SIZE, column % BLOCK_SIZE)
         return self._layouts[key]

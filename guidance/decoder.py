@@ -43,23 +43,23 @@ class _Layer:
 class FusedDecoder:
     """Hidden states of a decoder over the paged cache."""
 
-    def __init__(self, body: Any, settings: Sequence[AttentionSettings]) -> None:
+    def __init__(self, body: Any, settings: Sequence[AttentionSettings], longest: int) -> None:
+        """longest: no token stands at this position or behind it."""
         first = body.layers[0].self_attn
         self._embed: torch.nn.Embedding = body.embed_tokens
         self._norm: torch.Tensor = body.norm.weight
         self._epsilon: float = body.norm.variance_epsilon
-        self._frequencies: torch.Tensor = body.rotary_emb.inv_freq.float()
-        self._scaling: float = body.rotary_emb.attention_scaling
         self._width: int = first.head_dim
         self._heads = first.k_proj.weight.shape[0] // self._width
         self._query_heads = first.q_proj.weight.shape[0] // self._width
+        self._rotary = _rotary_table(body.rotary_emb, longest, self._norm.dtype)
         self._layers = [self._fuse_layer(layer, s) for layer, s in zip(body.layers, settings, strict=True)]
 
     def __call__(self, ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """ids [G, T] int64 → hidden states [G, T, D] behind the last norm."""
         rows, fed = ids.shape
         hidden = self._embed(ids).view(rows * fed, -1)
-        rotary = self._rotary(batch.positions)
+        rotary = F.embedding(batch.positions, self._rotary).unsqueeze(1)
         for number, layer in enumerate(self._layers):
             attended = self._attend(number, layer, self._normalise(hidden, layer.input_norm), rotary, batch)
             hidden = _add_linear(hidden, attended, layer.out, layer.out_bias)
@@ -73,7 +73,7 @@ class FusedDecoder:
         number: int,
         layer: _Layer,
         hidden: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: torch.Tensor,
         batch: AttentionBatch,
     ) -> torch.Tensor:
         rows, fed = batch.positions.shape
@@ -82,17 +82,10 @@ class FusedDecoder:
         both = heads[:, :turned]
         if layer.qk_norm is not None:
             both = F.rms_norm(both, (self._width,), None, self._epsilon) * layer.qk_norm
-        cosine, sine = rotary
+        cosine, sine = rotary.chunk(2, dim=-1)
         both = torch.addcmul(both * cosine, both.roll(self._width // 2, -1), sine)
         query, key, value = both[:, : self._query_heads], both[:, self._query_heads :], heads[:, turned:]
         return attention.attend_paged(batch, number, query, key, value, layer.settings).reshape(rows * fed, -1)
-
-    def _rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [G, 1, T, d], the first half of the sines negated: x · cos + roll(x) · sin rotates x."""
-        angles = positions.unsqueeze(1).unsqueeze(-1) * self._frequencies
-        cosine, sine = angles.cos() * self._scaling, angles.sin() * self._scaling
-        dtype = self._norm.dtype
-        return torch.cat((cosine, cosine), dim=-1).to(dtype), torch.cat((-sine, sine), dim=-1).to(dtype)
 
     def _normalise(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(hidden, weight.shape, weight, self._epsilon)
@@ -113,14 +106,25 @@ class FusedDecoder:
         )
 
 
-def fuse_decoder(model: Any, settings: Sequence[AttentionSettings]) -> FusedDecoder | None:
-    """A fused decoder over the model's own weights, or None where it is not of a family that this is written for."""
+def fuse_decoder(model: Any, settings: Sequence[AttentionSettings], longest: int) -> FusedDecoder | None:
+    """A fused decoder over the model's own weights, or None where it is not of a family that this is written for.
+
+    longest: no token will stand at this position or behind it.
+    """
     body = model.base_model
     if model.config.model_type not in FAMILIES or body.rotary_emb.rope_type not in _STATIC_ROTARY:
         return None
     plain = all(s.is_plain for s in settings)
     linear = all(type(module) is torch.nn.Linear for name, module in body.named_modules() if name.endswith("_proj"))
-    return FusedDecoder(body, settings) if plain and linear else None
+    return FusedDecoder(body, settings, longest) if plain and linear else None
+
+
+def _rotary_table(rotary: Any, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """Cosines and sines [length, 2 d], the first half of the sines negated: x · cos + roll(x) · sin rotates x."""
+    positions = torch.arange(length, device=rotary.inv_freq.device)
+    angles = positions.unsqueeze(-1) * rotary.inv_freq.float()
+    cosine, sine = angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
+    return torch.cat((cosine, cosine, -sine, sine), dim=-1).to(dtype)
 
 
 def _join(modules: Sequence[torch.nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -71,7 +71,7 @@ def test_weights_are_held_once() -> None:
 )
 def test_others_run_on_their_own_code(family: str, changes: dict[str, Any]) -> None:
     model = _build(family, changes)
-    assert fuse_decoder(model, []) is None
+    assert fuse_decoder(model, [], 512) is None
 
 
 def _build(family: str, changes: dict[str, Any], seed: int = 5) -> Any:
