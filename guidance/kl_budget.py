@@ -3,11 +3,11 @@
 The KL of a position is known before its token is drawn, so the sum is kept below the budget on every path, not only in
 the mean; by the chain rule its expectation is the KL between the distributions of whole answers.
 
-Guidance fades rather than stops: a position decodes π₀^(1−s)·π^s, for rewards β shrunk to s·β, where s is the share of
-the budget that is left. KL grows with the square of s, so what is left falls like 1/(1 + t·c/B) for a full-strength
-cost of c nats a token: strong guidance is not spent on the first few tokens, weak guidance is hardly touched, and no
-horizon has to be guessed. A step that would still exceed what is left is weakened along the same path until it fits;
-where even the base restricted to the support costs more, as under a top k, guidance ends.
+No position may take more than an eighth of what is left. One that would take more decodes π₀^(1−s)·π^s, for rewards β
+shrunk to s·β, with the largest s that keeps to its share: of all distributions with that KL, the one of most reward.
+What is left shrinks by an eighth at most, so guidance never runs dry and no length has to be guessed; a strength that
+would over-optimise is cut down at every position alike, and one that needs less is left alone. A position where even
+the base restricted to the support costs more than its share, as under a top k, is decoded by the base.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 
 _HALVINGS = 24
+SHARE = 1 / 8
+"""Of what is left that one position may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,37 +24,37 @@ class Fitted:
     """Rows made to fit what is left of their budgets."""
 
     scores: torch.Tensor
-    """[n, C] log π of the faded distribution, up to a constant."""
+    """[n, C] log π of the weakened distribution, up to a constant."""
     kl: torch.Tensor
-    """[n] KL of each row's distribution, nats."""
+    """[n] KL of each row's distribution, nats; 0 where the base decodes."""
     fits: torch.Tensor
-    """[n] bool; False where even the base model restricted to the support costs more than is left."""
-    ends: torch.Tensor
-    """[n] bool: the budget is spent after this step."""
+    """[n] bool; False where even the base model restricted to the support costs more than its share."""
 
 
-def fit_budget(scores: torch.Tensor, base_logprobs: torch.Tensor, left: torch.Tensor, budget: torch.Tensor) -> Fitted:
+def fit_budget(scores: torch.Tensor, base_logprobs: torch.Tensor, left: torch.Tensor) -> Fitted:
     """scores: log π up to a constant [n, C]; base_logprobs: log π₀ of the same tokens [n, C], -inf where masked;
-    left, budget: [n] nats."""
+    left: [n] nats."""
     absent = base_logprobs.isneginf() | scores.isneginf()
     base = base_logprobs.masked_fill(absent, 0.0)
     direction = scores.masked_fill(absent, 0.0) - base
+    allowed = SHARE * left
 
     def at(strength: torch.Tensor) -> torch.Tensor:
         return (base + strength.unsqueeze(-1) * direction).masked_fill(absent, -torch.inf)
 
-    strength = left / budget
+    strength = torch.ones_like(left)
     kl = _support_kl(at(strength), base_logprobs)
-    ends = kl > left
-    if bool(ends.any()):
+    exceeds = kl > allowed
+    if bool(exceeds.any()):
         low, high = torch.zeros_like(strength), strength
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            fits = _support_kl(at(middle), base_logprobs) <= left
+            fits = _support_kl(at(middle), base_logprobs) <= allowed
             low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-        strength = torch.where(ends, low, strength)
+        strength = torch.where(exceeds, low, strength)
         kl = _support_kl(at(strength), base_logprobs)
-    return Fitted(at(strength), kl, kl <= left, ends)
+    fits = kl <= allowed
+    return Fitted(at(strength), torch.where(fits, kl, 0.0), fits)
 
 
 def _support_kl(scores: torch.Tensor, base_logprobs: torch.Tensor) -> torch.Tensor:

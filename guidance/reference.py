@@ -52,10 +52,8 @@ class ReferenceStep:
     """The support, where it is not the whole vocabulary."""
     rewards: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Reward model → reward of each candidate."""
-    ends_at: float | None = None
-    """Nats charged where this is the step that the budget ends at; otherwise the step's KL is."""
     doubt: float = math.inf
-    """Distance of a gate's quantity from its threshold: below float32's precision the decision is arbitrary."""
+    """Distance of a gate's or budget's quantity from its threshold: below float32's precision it is arbitrary."""
 
     @property
     def margin(self) -> float:
@@ -67,11 +65,6 @@ class ReferenceStep:
     def kl(self) -> float:
         """KL(π‖π₀) in nats."""
         return _kl(self.logprobs, self.base_logprobs)
-
-    @property
-    def spent(self) -> float:
-        """Nats of the budget."""
-        return self.ends_at if self.ends_at is not None else self.kl
 
 
 def reference_step(
@@ -96,8 +89,8 @@ def reference_step(
     else:
         step = closed
     if step.guided and guidance.kl_budget is not None:
-        step = _fade(step, left, left / guidance.kl_budget)
-    return replace(step, doubt=doubt)
+        step = _weaken(step, left / 8)
+    return replace(step, doubt=min(doubt, step.doubt))
 
 
 def mix(base: torch.Tensor, policy: torch.Tensor, a: float) -> torch.Tensor:
@@ -119,7 +112,7 @@ def reference_greedy(
     response: list[int] = []
     steps: list[ReferenceStep] = []
     while len(response) < max_tokens and (not response or response[-1] != models.end_token):
-        spent = sum(step.spent for step in steps)
+        spent = sum(step.kl for step in steps)
         steps.append(reference_step([*prompt, *response], guidance, models, len(response), spent))
         response.append(int(steps[-1].logprobs.argmax()))
     return response, steps
@@ -131,7 +124,7 @@ def reference_replay(
     """The steps of an answer that somebody else chose."""
     steps: list[ReferenceStep] = []
     for n in range(len(response)):
-        spent = sum(step.spent for step in steps)
+        spent = sum(step.kl for step in steps)
         steps.append(reference_step([*prompt, *response[:n]], guidance, models, n, spent))
     return steps
 
@@ -212,22 +205,21 @@ def _above(value: float, threshold: float) -> tuple[bool, float]:
     return value > threshold, abs(value - threshold)
 
 
-def _fade(step: ReferenceStep, left: float, share: float) -> ReferenceStep:
-    """π₀^(1−s) π^s on the support with s = `share` of the budget, or the largest below it that costs at most `left`
-    nats; π₀ if none does."""
+def _weaken(step: ReferenceStep, allowed: float) -> ReferenceStep:
+    """π₀^(1−s) π^s on the support with the largest s that costs at most `allowed` nats; π₀ if none does."""
+    if step.kl <= allowed:
+        return step
     support = step.logprobs > -torch.inf
-    faded = _between(step, support, share)
-    if _kl(faded, step.base_logprobs) <= left:
-        return replace(step, logprobs=faded)
-    low, high = 0.0, share
+    least = _kl(_between(step, support, 0.0), step.base_logprobs)
+    doubt = abs(least - allowed) if step.candidates else math.inf
+    if least > allowed:
+        return ReferenceStep(step.base_logprobs, step.base_logprobs, doubt=doubt)
+    low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        at = _between(step, support, middle)
-        low, high = (middle, high) if _kl(at, step.base_logprobs) <= left else (low, middle)
-    weakened = _between(step, support, low)
-    if _kl(weakened, step.base_logprobs) > left:
-        return ReferenceStep(step.base_logprobs, step.base_logprobs, ends_at=left)
-    return replace(step, logprobs=weakened, ends_at=left)
+        fits = _kl(_between(step, support, middle), step.base_logprobs) <= allowed
+        low, high = (middle, high) if fits else (low, middle)
+    return replace(step, logprobs=_between(step, support, low), doubt=doubt)
 
 
 def _between(step: ReferenceStep, support: torch.Tensor, strength: float) -> torch.Tensor:

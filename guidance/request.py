@@ -91,8 +91,8 @@ class _Steered(_Strict):
     kl_budget: _Finite | None = Field(
         None,
         gt=0.0,
-        description="Bound on Σ KL(π‖π₀) over the answer's positions, in nats: guidance fades with the share of it "
-        "that is left.",
+        description="Bound on Σ KL(π‖π₀) over the answer's positions, in nats: a position that would take more "
+        "than an eighth of what is left is weakened until it does not.",
     )
     trace: bool = Field(False, description="Report every token: candidates, scores, KL, and what was sampled from.")
 

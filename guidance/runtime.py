@@ -236,19 +236,17 @@ class GuidanceRuntime:
     def _fit_budgets(
         self, steered: list[Steered], scores: torch.Tensor, base_logprobs: torch.Tensor, healthy: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fades the rows with budgets; returns scores and the rows that are written at all."""
+        """Weakens the rows with budgets; returns scores and the rows that are written at all."""
         lines = [n for n, s in enumerate(steered) if s.row.request.plan.kl_budget is not None and bool(healthy[n])]
         if not lines:
             return scores, healthy
         requests = [steered[n].row.request for n in lines]
         left = torch.tensor([request.budget_left for request in requests], device=scores.device)
-        budgets = torch.tensor([request.plan.kl_budget for request in requests], device=scores.device)
-        fitted = fit_budget(scores[lines], base_logprobs[lines], left, budgets)
+        fitted = fit_budget(scores[lines], base_logprobs[lines], left)
         scores, healthy = scores.clone(), healthy.clone()
         scores[lines], healthy[lines] = fitted.scores, fitted.fits
-        for n, kl, ends in zip(lines, fitted.kl.tolist(), fitted.ends.tolist(), strict=True):
-            request = steered[n].row.request
-            request.spent[-1] = request.budget_left if ends else kl
+        for request, kl in zip(requests, fitted.kl.tolist(), strict=True):
+            request.spent[-1] = kl
         return scores, healthy
 
     def _combine(self, formulas: list[Formula], rewards: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The KL budget: never exceeded on any path, and guidance fades with the share that is left."""
+"""The KL budget: never exceeded on any path, and no position takes more than its share of what is left."""
 
 import random
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from steersman.guidance.generate import load_runtime
-from steersman.guidance.kl_budget import fit_budget
+from steersman.guidance.kl_budget import SHARE, fit_budget
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
 from tests.support.oracle import plan_of
@@ -23,48 +23,43 @@ def runtime(models: Path) -> GuidanceRuntime:
     return load_runtime(tokenizer, rewards, {"expert": str(models / "expert")}, cache_bytes=2**22)
 
 
-def test_a_full_budget_leaves_the_distribution_and_half_of_it_halves_the_strength(rng: random.Random) -> None:
+def test_a_position_that_takes_less_than_its_share_keeps_its_distribution(rng: random.Random) -> None:
     base = torch.randn(6, 40).log_softmax(-1)
     scores = base + torch.randn(6, 40)
-    budget = torch.full((6,), 60.0)
-    whole = fit_budget(scores, base, budget, budget)
-    torch.testing.assert_close(whole.scores.softmax(-1), scores.softmax(-1))
-    half = fit_budget(scores, base, budget / 2, budget)
-    torch.testing.assert_close(half.scores.softmax(-1), ((scores + base) / 2).softmax(-1))
-    assert bool((half.kl < whole.kl).all())
-    assert not bool((whole.ends | half.ends).any())
+    fitted = fit_budget(scores, base, torch.full((6,), 60.0))
+    torch.testing.assert_close(fitted.scores.softmax(-1), scores.softmax(-1))
+    assert bool(fitted.fits.all())
 
 
-def test_rows_that_would_exceed_it_are_weakened_to_what_is_left(rng: random.Random) -> None:
+def test_a_position_that_would_take_more_is_weakened_to_its_share(rng: random.Random) -> None:
     base = torch.randn(8, 40).log_softmax(-1)
     scores = base + 3 * torch.randn(8, 40)
-    left = torch.rand(8) * 0.5 + 0.01
-    fitted = fit_budget(scores, base, left, left)
-    assert bool(fitted.ends.all())
+    left = torch.rand(8) * 4 + 0.1
+    fitted = fit_budget(scores, base, left)
     p = fitted.scores.double().softmax(-1)
     kl = (p * (p.log() - base.double())).sum(-1)
-    assert bool((kl <= left + 1e-5).all())
-    torch.testing.assert_close(kl, left.double(), rtol=1e-3, atol=1e-5)
+    assert bool((kl <= SHARE * left + 1e-5).all())
+    torch.testing.assert_close(kl, SHARE * left.double(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(kl, fitted.kl.double(), rtol=1e-3, atol=1e-5)
     # On the geometric path: log π_s − log π₀ is s times the whole change, up to a constant.
     change, whole = fitted.scores - base, scores - base
     strength = (change - change.mean(-1, keepdim=True)) / (whole - whole.mean(-1, keepdim=True))
     torch.testing.assert_close(strength, strength[:, :1].expand(-1, 40), rtol=1e-2, atol=1e-3)
 
 
-def test_a_support_that_costs_more_than_is_left_ends_guidance(rng: random.Random) -> None:
+def test_a_support_that_costs_more_than_the_share_is_left_to_the_base(rng: random.Random) -> None:
     base = torch.randn(3, 300).log_softmax(-1)
     top = base.topk(2).values
-    left = torch.full((3,), 0.05)
-    fitted = fit_budget(top + torch.randn(3, 2), top, left, left)
+    fitted = fit_budget(top + torch.randn(3, 2), top, torch.full((3,), 0.05))
     assert not bool(fitted.fits.any())
-    assert bool(fitted.ends.all())
+    assert fitted.kl.tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("budget", [0.3, 2.0, 6.0])
 @pytest.mark.parametrize(
     "guidance",
     [
-        {"method": "pargs", "reward_model": "first", "beta": 2.0, "top_k": 20},
+        {"method": "pargs", "reward_model": "first", "beta": 2.0, "top_k": 64},
         {"method": "mixed", "policy": "expert", "mix": 1.2},
         {"method": "product", "policies": {"base": 1.0, "expert": 1.0}},
     ],
@@ -79,7 +74,8 @@ def test_the_sum_of_the_positions_kl_never_exceeds_it(
     spent, output, free = 0.0, [], []
     for _ in range(30):
         row.output = list(output)
-        logits = 2 * torch.randn(1, VOCABULARY)
+        # Peaked enough for 64 candidates to hold nearly all of the mass.
+        logits = 5 * torch.randn(1, VOCABULARY)
         guided = logits.clone()
         runtime.step(guided, [row])
         free.append(torch.equal(guided, logits))
@@ -89,11 +85,6 @@ def test_the_sum_of_the_positions_kl_never_exceeds_it(
         output.append(int(torch.multinomial(guided.softmax(-1), 1)))
     report = runtime.finish("budget", output)
     assert report is not None
-    assert report.kl_spent is not None
-    assert 0.5 * budget < report.kl_spent <= budget + 1e-5, "thirty tokens use most of it"
-    assert spent <= report.kl_spent + 1e-4
-    if True in free:
-        ends = free.index(True)
-        assert all(free[ends:]), "once it is spent the base decodes"
-        assert report.guided_tokens == ends
-        assert report.saved_reward_model_tokens + report.saved_policy_tokens > 0, "and models are spared"
+    assert report.kl_spent == pytest.approx(spent, abs=1e-4)
+    assert report.kl_spent > 0.2 * budget, "thirty positions take a good part of it"
+    assert report.guided_tokens == len(free) - sum(free)

@@ -34,7 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "method": "pargs", "reward_model": "first", "policies": {"base": 0.4, "expert": 0.6}, "beta": 1.2,
     },
     "gated pargs": {"method": "pargs", "reward_model": "first", "gate": {"first_tokens": 4, "entropy_above": 0.5}},
-    "pargs with a budget": {"method": "pargs", "reward_model": "first", "kl_budget": 6.0},
+    "pargs with a budget": {"method": "pargs", "reward_model": "first", "kl_budget": 12.0},
     "mixed with a budget": {"method": "mixed", "policy": "expert", "mix": 1.0, "kl_budget": 0.2},
 }  # fmt: skip
 

@@ -70,7 +70,7 @@ def random_policy_guidance(rng: random.Random) -> dict[str, Any]:
         {"method": "product", "policies": {"expert": 0.6, "other": 0.5}, "kl_budget": round(rng.uniform(1, 9), 2)},
         {**random_guidance(rng), "policies": {"base": 0.4, policy: 0.6}},
         {**random_guidance(rng), "gate": random_gate(rng)},
-        {**random_guidance(rng), "kl_budget": round(rng.uniform(1, 9), 2), "trace": True},
+        {**random_guidance(rng), "kl_budget": round(rng.uniform(4, 30), 2), "trace": True},
     ]
     return rng.choice(choices)
 
