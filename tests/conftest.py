@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from tests.support import interpreted_triton  # noqa: F401
 from tests.support.server import V2_ENVIRONMENT, Server
 from tests.support.tiny import VOCABULARY, build_tokenizer, randomise, save_adapter, save_base, save_reward
 
@@ -21,11 +22,29 @@ POISON = 319
 
 POLICIES = ("expert", "other", "slim", "adapter", "ill")
 
+ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""vLLM's executor for one GPU: on the CPU its own choice is another process, which spins while it waits."""
+
 PRESETS = """
 steered: {method: pargs, reward_model: first, beta: 1.5}
 blended: {method: mixed, policy: expert, mix: 0.7}
 picked: {method: best_of_n, reward_model: first, n: 4}
 """
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers (`-n 2 --dist loadgroup`), tests that share a server or a file stay in one of them."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+
+
+def _group(item: pytest.Item) -> str:
+    interface = getattr(item, "callspec", None) and item.callspec.params.get("interface")  # type: ignore[attr-defined]
+    fixtures = getattr(item, "fixturenames", ())
+    if interface == "V2" or "server_v2" in fixtures:
+        return "server_v2"
+    return "server" if interface == "V1" or "server" in fixtures else item.path.name
 
 
 @pytest.fixture
@@ -84,6 +103,7 @@ def serve_flags(models: Path) -> list[str]:
     presets.write_text(PRESETS)
     return [
         *(str(models / "base"), "--served-model-name", "base", "--dtype", "float32", "--enforce-eager"),
+        *("--distributed-executor-backend", ONE_PROCESS),
         *("--max-model-len", "256", "--max-num-seqs", "32", "--max-num-batched-tokens", "64"),
         *("--block-size", "32", "--num-gpu-blocks-override", "20", "--guidance-cache", "0.1"),
         *("--guidance-presets", str(presets)),

@@ -2,11 +2,14 @@
 
 import asyncio
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+import torch
 
 from tests.conftest import POISON
 from tests.server.polling import assert_no_block_stays_in_use
@@ -72,26 +75,33 @@ def test_neighbours_of_poisoned_requests_get_what_they_get_alone(server: Server,
 def test_prefixes_of_poisoned_prompts_are_scored_rightly_afterwards(
     server: Server, models: Path, rng: random.Random
 ) -> None:
-    oracle, checked = load_oracle(models, ("broken",)), 0
+    oracle = _load_unpoisoned(models)
     for _ in range(4):
         prefix = [_token(rng) for _ in range(rng.randint(33, 100))]
         poisoned = [*prefix, POISON, *(_token(rng) for _ in range(40))]
         fields: dict[str, Any] = {"model": "base", "prompt": poisoned, "max_tokens": 4}
         assert "'broken'" in _failure(server.client, fields, stream=False)["message"]
         for extra in (0, 1, 41):
-            checked += _check_against(oracle, server, [*prefix, *(_token(rng) for _ in range(extra))])
-    assert checked >= 4
+            _check_against(oracle, server, [*prefix, *(_token(rng) for _ in range(extra))])
 
 
-def _check_against(oracle: Oracle, server: Server, prompt: list[int]) -> bool:
-    """Compares with the reference; False where it has the poisonous token itself for a candidate on the way."""
+def _load_unpoisoned(models: Path) -> Oracle:
+    """The oracle of requests with the bias."""
+    oracle = load_oracle(models, ("broken",))
+
+    def base(tokens: Sequence[int]) -> torch.Tensor:
+        logits = oracle.logits(tokens).clone()
+        logits[POISON] += UNPOISONED[str(POISON)]
+        return logits
+
+    return Oracle(replace(oracle.models, base=base))
+
+
+def _check_against(oracle: Oracle, server: Server, prompt: list[int]) -> None:
     fields = {"temperature": 0, "return_token_ids": True, "logit_bias": UNPOISONED}
     answer = server.complete(prompt, BROKEN, max_tokens=8, **fields)["choices"][0]
-    if any(POISON in step.candidates for step in oracle.replay(prompt, answer["token_ids"], BROKEN)):
-        return False
     oracle.assert_greedy(prompt, BROKEN, answer["token_ids"], 8)
-    oracle.assert_report(prompt, BROKEN, answer["token_ids"], answer["guidance"])
-    return True
+    assert oracle.assert_report(prompt, BROKEN, answer["token_ids"], answer["guidance"])
 
 
 def _failure(client: openai.OpenAI, fields: dict[str, Any], stream: bool) -> dict[str, Any]:
