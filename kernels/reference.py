@@ -3,6 +3,104 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
+
+from steersman.kernels.arguments import Blended, BlendRows, RewardTerms
+
+
+def topk_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `kernels.topk.topk_logprobs`, but for the order of tied entries, which is torch's."""
+    totals = logits.float().logsumexp(dim=-1)
+    values, ids = logits.float().topk(k, dim=-1)
+    logprobs = torch.where(values.isneginf(), values, values - totals.unsqueeze(-1))
+    return ids.int(), logprobs, totals
+
+
+def reward_rerank(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    ids: torch.Tensor,
+    logprobs: torch.Tensor,
+    terms: RewardTerms,
+    rewards: torch.Tensor,
+    hidden: torch.Tensor | None = None,
+    heads: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `kernels.rerank.reward_rerank`."""
+    if hidden is not None:
+        assert heads is not None
+        assert bias is not None
+        rewards.copy_(torch.einsum("bkd,md->bmk", hidden.float(), heads.float()) + bias.unsqueeze(-1))
+    values = terms.scale.unsqueeze(-1) * rewards + terms.shift.unsqueeze(-1)
+    values = torch.where(terms.log_sigmoid.unsqueeze(-1) == 1, F.logsigmoid(values), values)
+    strength = terms.strength.unsqueeze(-1)
+    bonus = torch.where(strength == 0, 0.0, strength * values).sum(dim=1)
+    masked = logprobs.isneginf()
+    scores = torch.where(masked, logprobs, logprobs + bonus)
+    healthy = (masked | scores.isfinite()).all(dim=-1, keepdim=True)
+    written = healthy.squeeze(-1) & (rows >= 0)
+    write_candidates(logits, rows[written].long(), ids[written].long(), scores[written].to(logits.dtype))
+    return torch.where(healthy, scores, torch.nan)
+
+
+def policy_blend(base: torch.Tensor, policy: torch.Tensor, asked: BlendRows, samples: int = 0) -> Blended:
+    """As `kernels.blend.policy_blend`, but for the samples themselves, which are torch's."""
+    chosen = base[asked.rows.clamp(min=0).long()].float()
+    kl = measure_kl(policy.float(), chosen)
+    estimate = kl
+    if samples:
+        generators = [torch.Generator(base.device).manual_seed(int(seed)) for seed in asked.seeds]
+        estimate = sample_kl(policy.float(), chosen, samples, generators)
+    opened = estimate > asked.threshold
+    coefficients = torch.where(opened.unsqueeze(-1), asked.above, asked.below)
+    is_base = (coefficients == torch.tensor([1.0, 0.0], device=base.device)).all(dim=-1)
+    written = (asked.rows >= 0) & ~is_base & ~estimate.isnan()
+    blended = blend_logits(chosen, [policy.float()], coefficients)
+    base[asked.rows[written].long()] = blended[written].to(base.dtype)
+    return Blended(kl, estimate, opened.int())
+
+
+def candidate_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache_keys: torch.Tensor,
+    cache_values: torch.Tensor,
+    tables: torch.Tensor,
+    lengths: torch.Tensor,
+    k: int,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """As `kernels.attention.candidate_attention`."""
+    rows, heads, fed, width = query.shape
+    block = cache_keys.shape[2]
+    cached = lengths.clamp(min=0).long()
+    columns = torch.arange(tables.shape[1] * block, device=query.device)
+    slots = tables[:, columns // block] * block + columns % block
+    real = lengths >= 0
+    own = slots.gather(1, cached.unsqueeze(-1)).squeeze(-1)
+    gathered = []
+    for cache, fresh in ((cache_keys, key), (cache_values, value)):
+        flat = cache.view(cache.shape[0], -1, width)
+        gathered.append(torch.cat((flat[:, slots].transpose(0, 1), fresh), dim=2))
+        flat[:, own[real]] = fresh[real, :, 0].transpose(0, 1)
+    token = torch.arange(fed, device=query.device)
+    branch, depth = (token - 1) % max(k, 1), torch.where(token == 0, 0, 1 + (token - 1) // max(k, 1))
+    see_fresh = (branch == branch.unsqueeze(-1)) & (token > 0) & (token <= token.unsqueeze(-1)) | (token == 0)
+    seen = torch.cat(
+        ((columns < cached.unsqueeze(-1)).unsqueeze(1).expand(-1, fed, -1), see_fresh.expand(rows, -1, -1)), dim=-1
+    )
+    if window is not None:
+        ahead = depth + cached.unsqueeze(-1)
+        places = torch.cat((columns.expand(rows, -1), ahead), dim=-1)
+        seen = seen & (places.unsqueeze(1) > ahead.unsqueeze(-1) - window)
+    keys, values = gathered
+    out = F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=seen.unsqueeze(1), scale=scale, enable_gqa=heads != key.shape[1]
+    )
+    return out.transpose(1, 2)
 
 
 def select_candidates(

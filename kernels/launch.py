@@ -1,0 +1,58 @@
+"""How a kernel is launched: grid, arguments and compile-time choices as data, so that what runs is what is checked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+_PROGRAMS = 264
+"""Programs that fill a large GPU: twice the streaming multiprocessors of an H100 or H200."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch of a kernel."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    """Tensors and numbers, by the kernel's own names."""
+    choices: Mapping[str, Any]
+    """Compile-time constants."""
+    warps: int
+    stages: int = 3
+
+    def run(self) -> None:
+        """Launches it on the current stream."""
+        self.kernel[self.grid](**self.arguments, **self.choices, num_warps=self.warps, num_stages=self.stages)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How the tiles of one row are shared out."""
+
+    splits: int
+    tiles_each: int
+
+
+def split_rows(rows: int, tiles: int) -> Split:
+    """Enough programs for the whole GPU where there are few rows, each with whole tiles."""
+    wanted = min(tiles, max(1, _PROGRAMS // rows))
+    each = triton.cdiv(tiles, wanted)
+    return Split(triton.cdiv(tiles, each), each)
+
+
+def require_contiguous(**tensors: torch.Tensor | None) -> None:
+    """Raises ValueError for a tensor that a kernel would read in the wrong order."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name}: strides {tensor.stride()} of shape {tuple(tensor.shape)}; make it contiguous")
+
+
+def require_rows(**tensors: torch.Tensor) -> None:
+    """Raises ValueError for a matrix whose rows are not contiguous; there may be room between them."""
+    for name, tensor in tensors.items():
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"{name}: the stride of a row's entries is {tensor.stride(-1)}; make rows contiguous")

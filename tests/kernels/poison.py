@@ -1,0 +1,25 @@
+"""Memory whose old contents would show: what a kernel leaves unwritten must not pass by luck."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+
+_EMPTY = torch.empty
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """New tensors hold NaN, or the largest integer, in the context."""
+
+    def empty(*size: int, **options: object) -> torch.Tensor:
+        tensor = _EMPTY(*size, **options)  # type: ignore[call-overload]
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+    with mock.patch.object(torch, "empty", empty), mock.patch.object(torch, "empty_like", _poisoned_like):
+        yield
+
+
+def _poisoned_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(tensor, torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)

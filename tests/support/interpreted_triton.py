@@ -1,0 +1,18 @@
+"""Imports Triton and our kernels so that they run in Triton's interpreter, in this process alone.
+
+Both are bound to the interpreter, or not, when they are first imported; servers that tests start must not be.
+"""
+
+import importlib
+import os
+import sys
+
+assert "triton" not in sys.modules, "Triton has been imported, and bound to a compiler, before the tests' own import"
+os.environ["TRITON_INTERPRET"] = "1"
+# The interpreter's launcher imports the first.
+for _name in (
+    "triton.experimental.gluon",
+    *(f"steersman.kernels.{k}" for k in ("attention", "blend", "rerank", "topk")),
+):
+    importlib.import_module(_name)
+del os.environ["TRITON_INTERPRET"]
