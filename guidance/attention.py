@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from steersman.guidance.cache import BLOCK_SIZE, LayerShape, PagedCache
+from steersman.kernels.dispatch import attend_candidates
 
 ATTENTION_NAME = "steersman"
 
@@ -63,6 +64,21 @@ class AttentionBatch:
 
 
 @dataclass(frozen=True)
+class CandidateBatch:
+    """A step of [last token | branches] that the Triton kernel attends to; G rows of T tokens each."""
+
+    cache: PagedCache
+    tables: torch.Tensor
+    """[G, W] block indices, int64."""
+    lengths: torch.Tensor
+    """[G] int32: tokens cached before the last one."""
+    positions: torch.Tensor
+    """[G, T] absolute position of each token fed."""
+    k: int
+    """Candidates; 0 where the last token is alone."""
+
+
+@dataclass(frozen=True)
 class AttentionSettings:
     """How one layer attends."""
 
@@ -89,11 +105,11 @@ class ShapeProbe:
     calls: int = 0
 
 
-_current: AttentionBatch | ShapeProbe | None = None
+_current: AttentionBatch | CandidateBatch | ShapeProbe | None = None
 
 
 @contextmanager
-def attending(batch: AttentionBatch | ShapeProbe) -> Iterator[None]:
+def attending(batch: AttentionBatch | CandidateBatch | ShapeProbe) -> Iterator[None]:
     """Makes `batch` the one that the attention function serves. Models drop unknown keyword arguments on the way
     to their layers, so the batch travels beside the call."""
     global _current
@@ -133,7 +149,7 @@ def attend(
 
 
 def attend_paged(
-    batch: AttentionBatch,
+    batch: AttentionBatch | CandidateBatch,
     layer: int,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -141,6 +157,10 @@ def attend_paged(
     settings: AttentionSettings,
 ) -> torch.Tensor:
     """Writes keys and values to the cache and attends: shapes as `attend`'s → [G, T, HQ, dv]."""
+    if isinstance(batch, CandidateBatch):
+        cache = batch.cache.keys[layer], batch.cache.values[layer]
+        tables, scale, window = batch.tables, settings.scale, settings.window
+        return attend_candidates(query, key, value, cache, tables, batch.lengths, batch.k, scale, window)
     rows, query_heads, fed, width = query.shape
     heads = key.shape[1]
     all_keys, all_values = batch.cache.keys[layer], batch.cache.values[layer]

@@ -9,9 +9,17 @@ from typing import Any
 
 import torch
 
-from steersman.guidance.attention import ATTENTION_NAME, AttentionBatch, AttentionSettings, ShapeProbe, attending
+from steersman.guidance.attention import (
+    ATTENTION_NAME,
+    AttentionBatch,
+    AttentionSettings,
+    CandidateBatch,
+    ShapeProbe,
+    attending,
+)
 from steersman.guidance.cache import BLOCK_SIZE, CachedSequence, CacheFull, LayerShape, PagedCache
 from steersman.guidance.decoder import fuse_decoder
+from steersman.kernels.dispatch import has_kernels
 
 _PREFILL_TOKENS = 4096
 """Padded tokens a prefill forward reads at most: bounds its activations."""
@@ -73,8 +81,11 @@ class CausalModel:
         layers, settings = self._probe_layers()
         self.bytes_per_token = PagedCache.bytes_per_token(layers, self.dtype)
         blocks = cache_bytes // (self.bytes_per_token * BLOCK_SIZE) - 1
-        scratch = min(max_rows, blocks // 4)
-        if scratch < 1:
+        alike = all(shape.key_width == shape.value_width for shape in layers)
+        self._by_kernel = has_kernels(self.device) and alike and all(s.is_plain for s in settings)
+        # The kernel takes candidates from the projection; torch reads them from the cache, where they need room.
+        scratch = 0 if self._by_kernel else min(max_rows, blocks // 4)
+        if blocks < 4:
             raise ModelRefused(
                 f"{label}: a cache of {cache_bytes / 2**20:.2f} MiB is too small at "
                 f"{self.bytes_per_token} bytes a token; give it more with --guidance-cache"
@@ -157,7 +168,7 @@ class CausalModel:
         sequences = [self._sequences[key] for key in keys]
         for sequence, length in zip(sequences, lengths, strict=True):
             self.cache.extend(sequence, length)
-        scratch = -(-(tokens.shape[1] - 1) // BLOCK_SIZE)
+        scratch = 0 if self._by_kernel else -(-(tokens.shape[1] - 1) // BLOCK_SIZE)
         at_once = max(1, len(self.cache.scratch) // scratch) if scratch else len(keys)
         parts = [
             self._step(sequences[n : n + at_once], lengths[n : n + at_once], tokens[n : n + at_once], branches, scratch)
@@ -177,6 +188,9 @@ class CausalModel:
     ) -> torch.Tensor:
         rows, fed = tokens.shape
         k = (fed - 1) // branches if branches else 0
+        if self._by_kernel:
+            hidden = self._forward(tokens, self._candidate_batch(sequences, lengths, k, branches))
+            return self.head(hidden[:, fed - max(k, 1) :]).float()
         ahead, seen, own_blocks, own_offsets = self._candidate_layout(k, branches, scratch)
         width = -(-max(lengths) // BLOCK_SIZE)
         table, last_block = [], []
@@ -204,6 +218,15 @@ class CausalModel:
             )
         hidden = self._forward(tokens, batch)
         return self.head(hidden[:, fed - max(k, 1) :]).float()
+
+    def _candidate_batch(
+        self, sequences: Sequence[CachedSequence], lengths: Sequence[int], k: int, branches: int
+    ) -> CandidateBatch:
+        cached = torch.tensor(lengths, dtype=torch.int32, device=self.device) - 1
+        ahead = self._candidate_layout(k, branches, 0)[0]
+        return CandidateBatch(
+            self.cache, self._tables(sequences, max(lengths)), cached, cached.unsqueeze(-1).long() + ahead, k
+        )
 
     def _candidate_layout(self, k: int, branches: int, scratch: int) -> _Layout:
         """What is the same in every step: positions ahead of the last token [T], scratch columns' mask
@@ -279,7 +302,7 @@ class CausalModel:
             sequence.length = len(tokens)
         return hidden
 
-    def _forward(self, ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, batch: AttentionBatch | CandidateBatch) -> torch.Tensor:
         if self.decoder is not None:
             return self.decoder(ids, batch)
         with attending(batch):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from steersman.guidance import attention
-from steersman.guidance.attention import AttentionBatch, AttentionSettings
+from steersman.guidance.attention import AttentionBatch, AttentionSettings, CandidateBatch
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
@@ -55,7 +55,7 @@ class FusedDecoder:
         self._rotary = _rotary_table(body.rotary_emb, longest, self._norm.dtype)
         self._layers = [self._fuse_layer(layer, s) for layer, s in zip(body.layers, settings, strict=True)]
 
-    def __call__(self, ids: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+    def __call__(self, ids: torch.Tensor, batch: AttentionBatch | CandidateBatch) -> torch.Tensor:
         """ids [G, T] int64 → hidden states [G, T, D] behind the last norm."""
         rows, fed = ids.shape
         hidden = self._embed(ids).view(rows * fed, -1)
@@ -74,7 +74,7 @@ class FusedDecoder:
         layer: _Layer,
         hidden: torch.Tensor,
         rotary: torch.Tensor,
-        batch: AttentionBatch,
+        batch: AttentionBatch | CandidateBatch,
     ) -> torch.Tensor:
         rows, fed = batch.positions.shape
         turned = self._query_heads + self._heads

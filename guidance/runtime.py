@@ -23,7 +23,8 @@ from steersman.guidance.report import CandidateStep, Report, VocabularyStep, sum
 from steersman.guidance.rewards import RewardModel
 from steersman.guidance.rows import GuidedRequest, Row, Steered, begin_positions, choose_last_token
 from steersman.guidance.transforms import Combination, build_combination
-from steersman.kernels.reference import blend_logits, select_candidates, write_candidates
+from steersman.kernels.dispatch import has_kernels, select_candidates, write_reranked
+from steersman.kernels.reference import blend_logits, write_candidates
 
 logger = logging.getLogger(__name__)
 
@@ -190,10 +191,18 @@ class GuidanceRuntime:
         with self.work.timing("writing_seconds"):
             if any(formula.policies or formula.base != 1.0 for formula in formulas):
                 values = _blend(values, steered, readings, ids)
-            bonus = self._combine(formulas, rewards)
-            scores = torch.where(values.isneginf(), values, values + bonus)
-            failed = scores.isnan().any(dim=-1) | scores.isposinf().any(dim=-1)
-            scores, kept = self._fit_budgets(steered, scores, base_logprobs, ~failed)
+            combination = self._find_combination(formulas, rewards.device)
+            budgeted = any(row.request.plan.kl_budget is not None for row in rows)
+            by_kernel = has_kernels(logits.device) and not budgeted
+            if by_kernel:
+                every = torch.tensor([row.index for row in rows], device=logits.device)
+                scores = write_reranked(logits, every, ids, values, combination.terms, rewards)
+                failed = scores.isnan().any(dim=-1)
+                kept = ~failed
+            else:
+                scores = torch.where(values.isneginf(), values, values + combination.combine(rewards))
+                failed = scores.isnan().any(dim=-1) | scores.isposinf().any(dim=-1)
+                scores, kept = self._fit_budgets(steered, scores, base_logprobs, ~failed)
             step = CandidateStep(ids, base_logprobs, scores, rewards)
             for line, (s, bad, written) in enumerate(zip(steered, failed.tolist(), kept.tolist(), strict=True)):
                 if bad:
@@ -204,6 +213,8 @@ class GuidanceRuntime:
                     )
                 elif written:
                     s.position.step, s.position.line, s.position.formula = step, line, s.formula
+            if by_kernel:
+                return
             if not bool(kept.all()):
                 index = torch.tensor([row.index for row in rows], device=logits.device)[kept]
                 ids, scores = ids[kept], scores[kept]
@@ -249,10 +260,10 @@ class GuidanceRuntime:
             request.spent[-1] = kl
         return scores, healthy
 
-    def _combine(self, formulas: list[Formula], rewards: torch.Tensor) -> torch.Tensor:
+    def _find_combination(self, formulas: list[Formula], device: torch.device) -> Combination:
         if self._combination is None or self._combination[0] != formulas:
-            self._combination = (formulas, build_combination(formulas, rewards.device))
-        return self._combination[1].combine(rewards)
+            self._combination = (formulas, build_combination(formulas, device))
+        return self._combination[1]
 
     def _score(self, rows: list[Row], formulas: list[Formula], ids: torch.Tensor) -> torch.Tensor:
         """Rewards [G, terms, k] float32 of every row's terms, NaN where there is none or it could not be scored."""

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 
 from steersman.guidance.plan import Formula, Transform
+from steersman.kernels.arguments import RewardTerms
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,13 @@ class Combination:
     """Where a row has a term at all, bool; None when every row has every term."""
     plain: bool
     """Every transform is the identity."""
+
+    @cached_property
+    def terms(self) -> RewardTerms:
+        """The same as a kernel takes them."""
+        squashed = torch.zeros_like(self.strength) if self.log_sigmoid is None else self.log_sigmoid
+        strength, scale, shift = (t.squeeze(-1) for t in (self.strength, self.scale, self.shift))
+        return RewardTerms(strength, scale, shift, squashed.squeeze(-1).int())
 
     def combine(self, rewards: torch.Tensor) -> torch.Tensor:
         """β Σ_m w_m T_m(r_m) for rewards [rows, terms, k] float32; returns [rows, k]. NaN in, NaN out."""

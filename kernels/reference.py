@@ -114,10 +114,14 @@ def select_candidates(
     """
     values, ids = logits.topk(k, dim=-1)
     logprobs = logits.log_softmax(dim=-1).gather(1, ids)
-    if limits is not None:
-        beyond = torch.arange(k, device=logits.device) >= limits
-        values, logprobs = values.masked_fill(beyond, -torch.inf), logprobs.masked_fill(beyond, -torch.inf)
-    return ids, values, logprobs
+    return ids, mask_beyond(values, limits), mask_beyond(logprobs, limits)
+
+
+def mask_beyond(values: torch.Tensor, limits: torch.Tensor | None) -> torch.Tensor:
+    """values: [B, k]; -inf beyond the first `limits` [B, 1] of each row, or as they are where there are none."""
+    if limits is None:
+        return values
+    return values.masked_fill(torch.arange(values.shape[1], device=values.device) >= limits, -torch.inf)
 
 
 def write_candidates(logits: torch.Tensor, rows: torch.Tensor | None, ids: torch.Tensor, scores: torch.Tensor) -> None:
