@@ -24,7 +24,7 @@ demo: setup ## serve the demo models and show one prompt with and without guidan
 	@$(RUN) steersman.cli demo
 
 test: setup $(OTHER_TRITON) ## run the whole test suite, without a GPU
-	$(RUN) pytest -n 2 --dist loadgroup
+	$(RUN) pytest -n 2
 
 lint: setup ## check style and types
 	.venv/bin/ruff check .

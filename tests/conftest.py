@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from tests.support import interpreted_triton  # noqa: F401
 from tests.support.server import V2_ENVIRONMENT, Server
@@ -32,19 +33,20 @@ picked: {method: best_of_n, reward_model: first, n: 4}
 """
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers (`-n 2 --dist loadgroup`), tests that share a server or a file stay in one of them."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
+class ByServer(LoadScopeScheduling):
+    """With several workers, tests that share a server, or else a file, stay in one of them."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path, _, test = nodeid.partition("::")
+        if "[V2]" in test or "model_runner_v2" in test:
+            return "server_v2"
+        shared = path.startswith(("tests/server", "tests/clients")) and not path.endswith("test_start.py")
+        return "server" if shared else path
 
 
-def _group(item: pytest.Item) -> str:
-    interface = getattr(item, "callspec", None) and item.callspec.params.get("interface")  # type: ignore[attr-defined]
-    fixtures = getattr(item, "fixturenames", ())
-    if interface == "V2" or "server_v2" in fixtures:
-        return "server_v2"
-    return "server" if interface == "V1" or "server" in fixtures else item.path.name
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByServer:
+    """For `pytest -n 2`."""
+    return ByServer(config, log)
 
 
 @pytest.fixture
