@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from steersman.kernels.arguments import Blended, BlendRows
-from steersman.kernels.launch import Launch, require_contiguous, require_rows, split_rows
+from steersman.kernels.launch import Launch, most_splits, require_contiguous, require_rows, split_rows
 
 _TILE = 2048
 _PART = 4096
@@ -40,7 +40,7 @@ class BlendWorkspace:
 def make_workspace(rows: int, vocabulary: int, device: torch.device) -> BlendWorkspace:
     """Memory for `policy_blend` on up to `rows` rows; one workspace serves one stream."""
     tiles = triton.cdiv(vocabulary, _TILE)
-    splits = max(split_rows(n, tiles).splits for n in range(1, rows + 1))
+    splits = most_splits(tiles)
     return BlendWorkspace(
         torch.empty(rows, splits, _STATISTICS, dtype=torch.float32, device=device),
         torch.empty(rows, tiles * (_TILE // GROUP), dtype=torch.float32, device=device),

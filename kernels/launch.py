@@ -44,6 +44,11 @@ def split_rows(rows: int, tiles: int) -> Split:
     return Split(triton.cdiv(tiles, each), each)
 
 
+def most_splits(tiles: int) -> int:
+    """Splits of a row at any number of rows: a single one is split most."""
+    return split_rows(1, tiles).splits
+
+
 def require_contiguous(**tensors: torch.Tensor | None) -> None:
     """Raises ValueError for a tensor that a kernel would read in the wrong order."""
     for name, tensor in tensors.items():

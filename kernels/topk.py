@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from steersman.kernels.launch import Launch, Split, require_rows, split_rows
+from steersman.kernels.launch import Launch, Split, most_splits, require_rows, split_rows
 
 GROUP = 16
 """Entries of a group, and groups of a group of groups."""
@@ -40,7 +40,7 @@ class TopKWorkspace:
 def make_workspace(rows: int, vocabulary: int, device: torch.device) -> TopKWorkspace:
     """Memory for `topk_logprobs` on up to `rows` rows; one workspace serves one stream."""
     tiles = triton.cdiv(vocabulary, _TILE)
-    splits = max(split_rows(n, tiles).splits for n in range(1, rows + 1))
+    splits = most_splits(tiles)
     return TopKWorkspace(
         torch.empty(rows, tiles * (_TILE // GROUP), dtype=torch.int32, device=device),
         torch.empty(rows, tiles * (_TILE // GROUP**2), dtype=torch.int32, device=device),
