@@ -1,13 +1,12 @@
 """One causal auxiliary model: load it, prove that its cached forward is right, and run packed prefills and steps."""
 
-import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import track
 
 from steersman.guidance.attention import (
     ATTENTION_NAME,
@@ -18,7 +17,10 @@ from steersman.guidance.attention import (
     attending,
 )
 from steersman.guidance.cache import BLOCK_SIZE, CachedSequence, CacheFull, LayerShape, PagedCache
+from steersman.guidance.checkpoints import ModelRefused, find_window
 from steersman.guidance.decoder import fuse_decoder
+from steersman.guidance.graphs import Capture, StepGraphs, StepInputs, capture_on_cuda, choose_sizes
+from steersman.guidance.transfer import to_device
 from steersman.kernels.dispatch import has_kernels
 
 _PREFILL_TOKENS = 4096
@@ -28,8 +30,7 @@ _PREFILL_TOKENS = 4096
 _Layout = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]
 
 
-class ModelRefused(ValueError):
-    """An auxiliary model that would not be served correctly; the message says why and what would help."""
+logger = logging.getLogger(__name__)
 
 
 class Unscorable(RuntimeError):
@@ -57,10 +58,16 @@ class Prefix:
         return [*self.prompt, *self.output]
 
 
+def make_capture(device: torch.device) -> Capture | None:
+    """How forwards become graphs on this device; None where they cannot."""
+    return capture_on_cuda(torch.cuda.graph_pool_handle()) if device.type == "cuda" else None
+
+
 class CausalModel:
     """A Hugging Face causal model over a paged cache. `head` maps hidden states [..., D] to outputs [..., C].
 
-    label: how errors name the model, for example "reward model 'helpful'".
+    label: how errors name the model, for example "reward model 'helpful'". candidates: how many a step usually has,
+    0 where the last token is alone; what CUDA graphs are captured for.
     """
 
     def __init__(
@@ -70,6 +77,7 @@ class CausalModel:
         cache_bytes: int,
         max_rows: int,
         head: Callable[[torch.Tensor], torch.Tensor],
+        candidates: Sequence[int] = (0,),
     ) -> None:
         self.label = label
         self.model = model.eval().requires_grad_(False)
@@ -94,6 +102,9 @@ class CausalModel:
         self.decoder = fuse_decoder(model, settings, min(self.window, blocks * BLOCK_SIZE))
         self._sequences: dict[Hashable, CachedSequence] = {}
         self._layouts: dict[tuple[int, int, int], _Layout] = {}
+        self.graphs = StepGraphs()
+        if self._by_kernel and (capture := make_capture(self.device)) is not None:
+            self._capture_steps(choose_sizes(max_rows, candidates), capture)
 
     def catch_up(self, prefixes: Sequence[Prefix]) -> list[int]:
         """Brings the cache of every prefix up to all but its last token; returns the tokens read for each.
@@ -155,6 +166,23 @@ class CausalModel:
                 batch.append((key, tokens))
         return batch, later
 
+    def read(self, prefixes: Sequence[Prefix], last: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
+        """Reads the last token of every prefix, and before it what is not cached yet.
+
+        last: [G] int64, the last tokens where the device knows them before the host does. Returns the head's outputs
+        [G, C] float32 and, for each row, the tokens read for the first time beside the last one. Raises Unscorable
+        where a single prefix finds no room, CacheFull where one of several does.
+        """
+        caught_up = self.catch_up(prefixes)
+        tokens = self.last_tokens(prefixes, last)
+        return self.step([p.key for p in prefixes], [len(p) for p in prefixes], tokens, branches=0)[:, 0], caught_up
+
+    def last_tokens(self, prefixes: Sequence[Prefix], last: torch.Tensor | None = None) -> torch.Tensor:
+        """The last tokens [G, 1] int64: those that are given, or the host's."""
+        if last is not None:
+            return last.to(self.device).unsqueeze(-1)
+        return to_device([[prefix.last] for prefix in prefixes], self.device)
+
     def step(
         self, keys: Sequence[Hashable], lengths: Sequence[int], tokens: torch.Tensor, branches: int
     ) -> torch.Tensor:
@@ -189,8 +217,7 @@ class CausalModel:
         rows, fed = tokens.shape
         k = (fed - 1) // branches if branches else 0
         if self._by_kernel:
-            hidden = self._forward(tokens, self._candidate_batch(sequences, lengths, k, branches))
-            return self.head(hidden[:, fed - max(k, 1) :]).float()
+            return self._step_by_kernel(sequences, lengths, tokens, k, branches)
         ahead, seen, own_blocks, own_offsets = self._candidate_layout(k, branches, scratch)
         width = -(-max(lengths) // BLOCK_SIZE)
         table, last_block = [], []
@@ -198,8 +225,8 @@ class CausalModel:
             padded = (sequence.blocks + [self.cache.padding] * width)[:width]
             table.append([*padded, *self.cache.scratch[n * scratch : (n + 1) * scratch]])
             last_block.append(sequence.blocks[(length - 1) // BLOCK_SIZE])
-        tables = torch.tensor(table, device=self.device)
-        place = torch.tensor([lengths, last_block], device=self.device).unsqueeze(-1)
+        tables = to_device(table, self.device)
+        place = to_device([lengths, last_block], self.device).unsqueeze(-1)
         length, block = place[0], place[1]
         batch = AttentionBatch(
             cache=self.cache,
@@ -219,14 +246,21 @@ class CausalModel:
         hidden = self._forward(tokens, batch)
         return self.head(hidden[:, fed - max(k, 1) :]).float()
 
-    def _candidate_batch(
-        self, sequences: Sequence[CachedSequence], lengths: Sequence[int], k: int, branches: int
-    ) -> CandidateBatch:
-        cached = torch.tensor(lengths, dtype=torch.int32, device=self.device) - 1
+    def _step_by_kernel(
+        self, sequences: Sequence[CachedSequence], lengths: Sequence[int], tokens: torch.Tensor, k: int, branches: int
+    ) -> torch.Tensor:
+        cached = to_device([length - 1 for length in lengths], self.device, torch.int32)
+        inputs = StepInputs(tokens, self._tables(sequences, max(lengths)), cached)
+        outputs = self.graphs.run(inputs) if branches <= 1 else None
+        return self._forward_candidates(inputs, k, branches).float() if outputs is None else outputs
+
+    def _forward_candidates(self, inputs: StepInputs, k: int, branches: int) -> torch.Tensor:
         ahead = self._candidate_layout(k, branches, 0)[0]
-        return CandidateBatch(
-            self.cache, self._tables(sequences, max(lengths)), cached, cached.unsqueeze(-1).long() + ahead, k
-        )
+        # A row that is not there reads position 0: tables of positions have none below it.
+        positions = inputs.lengths.clamp(min=0).unsqueeze(-1).long() + ahead
+        batch = CandidateBatch(self.cache, inputs.tables, inputs.lengths, positions, k)
+        hidden = self._forward(inputs.tokens, batch)
+        return self.head(hidden[:, inputs.tokens.shape[1] - max(k, 1) :])
 
     def _candidate_layout(self, k: int, branches: int, scratch: int) -> _Layout:
         """What is the same in every step: positions ahead of the last token [T], scratch columns' mask
@@ -243,8 +277,8 @@ class CausalModel:
             self._layouts[key] = (ahead, seen, column // BLOCK_SIZE, column % BLOCK_SIZE)
         return self._layouts[key]
 
-    def outputs(self, tokens: Sequence[int]) -> torch.Tensor:
-        """The head's outputs [len(tokens), C] float32 at every token of a text, read once. Raises CacheFull."""
+    def read_text(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Hidden states [len(tokens), D] at every token of a text, read once. Raises CacheFull."""
         sequence = CachedSequence()
         try:
             self.cache.extend(sequence, len(tokens))
@@ -252,7 +286,7 @@ class CausalModel:
         finally:
             self.cache.scrub(sequence)
             self.cache.release(sequence)
-        return self.head(hidden[0]).float()
+        return hidden[0]
 
     def covers(self, key: Hashable, length: int) -> bool:
         """Whether this key is admitted and its first `length` tokens are cached."""
@@ -279,22 +313,24 @@ class CausalModel:
             "cache_blocks_in_use": self.cache.blocks_in_use,
             "block_size": BLOCK_SIZE,
             "bytes_per_token": self.bytes_per_token,
+            "cache_bytes": self.cache.memory,
+            "weight_bytes": sum(p.numel() * p.element_size() for p in self.model.parameters()),
         }
 
     def _read(self, rows: list[tuple[CachedSequence, Sequence[int]]]) -> torch.Tensor:
         news = [list(tokens[sequence.length :]) for sequence, tokens in rows]
         width = max(map(len, news))
-        ids = torch.tensor([new + [0] * (width - len(new)) for new in news], device=self.device)
-        starts = torch.tensor([[sequence.length] for sequence, _ in rows], device=self.device)
+        ids = to_device([new + [0] * (width - len(new)) for new in news], self.device)
+        starts = to_device([[sequence.length] for sequence, _ in rows], self.device)
         positions = starts + torch.arange(width, device=self.device)
         written = [(g, t) for g, new in enumerate(news) for t in range(len(new))]
         batch = AttentionBatch(
             cache=self.cache,
             tables=self._tables([sequence for sequence, _ in rows], max(len(tokens) for _, tokens in rows)),
             # Padding repeats a row's last position, so that no table of learned positions is overrun.
-            positions=torch.minimum(positions, torch.tensor([[len(t) - 1] for _, t in rows], device=self.device)),
+            positions=torch.minimum(positions, to_device([[len(t) - 1] for _, t in rows], self.device)),
             visible=positions + 1,
-            written=tuple(torch.tensor(written, device=self.device).T),
+            written=tuple(to_device(written, self.device).T),
             destinations=self._destinations([(s, range(s.length, len(tokens))) for s, tokens in rows]),
         )
         hidden = self._forward(ids, batch)
@@ -311,12 +347,26 @@ class CausalModel:
     def _tables(self, sequences: Sequence[CachedSequence], longest: int) -> torch.Tensor:
         width = -(-longest // BLOCK_SIZE)
         padded = [(s.blocks + [self.cache.padding] * width)[:width] for s in sequences]
-        return torch.tensor(padded, device=self.device)
+        return to_device(padded, self.device)
 
     def _destinations(self, rows: list[tuple[CachedSequence, Sequence[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
         blocks = [s.blocks[n // BLOCK_SIZE] for s, positions in rows for n in positions]
         offsets = [n % BLOCK_SIZE for _, positions in rows for n in positions]
-        return torch.tensor(blocks, device=self.device), torch.tensor(offsets, device=self.device)
+        return to_device(blocks, self.device), to_device(offsets, self.device)
+
+    @torch.inference_mode()
+    def _capture_steps(self, sizes: Sequence[tuple[int, int]], capture: Capture) -> None:
+        width = -(-min(self.window, self.cache.num_blocks * BLOCK_SIZE) // BLOCK_SIZE)
+
+        def forward(inputs: StepInputs, k: int) -> torch.Tensor:
+            return self._forward_candidates(inputs, k, int(k > 0))
+
+        shown = track(sizes, f"capturing {self.label}")
+        try:
+            self.graphs.capture(shown, forward, capture, width, self.device)
+        except RuntimeError as error:
+            logger.warning("%s is run without CUDA graphs, which is slower: %s", self.label, error)
+            self.graphs = StepGraphs()
 
     @torch.inference_mode()
     def _probe_layers(self) -> tuple[list[LayerShape], list[AttentionSettings]]:
@@ -327,17 +377,19 @@ class CausalModel:
             with attending(probe):
                 self.body(input_ids=ids, position_ids=torch.tensor([[0, 1]], device=self.device), use_cache=False)
         except Exception as error:
-            raise ModelRefused(f"{self._refusal()} its forward failed under the cached attention: {error}") from error
+            raise ModelRefused(f"{self.refusal} its forward failed under the cached attention: {error}") from error
         expected = getattr(self.model.config.get_text_config(), "num_hidden_layers", probe.calls)
         if probe.calls == 0 or sorted(probe.layers) != list(range(probe.calls)) or probe.calls != expected:
             raise ModelRefused(
-                f"{self._refusal()} its {expected} layers called the attention function {probe.calls} times; it does "
+                f"{self.refusal} its {expected} layers called the attention function {probe.calls} times; it does "
                 "not use transformers' attention interface"
             )
         order = range(probe.calls)
         return [probe.layers[index] for index in order], [probe.settings[index] for index in order]
 
-    def _refusal(self) -> str:
+    @property
+    def refusal(self) -> str:
+        """How the reason for a refusal begins."""
         kind = getattr(self.model.config, "model_type", "unknown")
         return f"{self.label} (architecture {kind}) cannot be read token by token:"
 
@@ -354,90 +406,3 @@ def _split(batch: list[Any], budget: int) -> list[list[Any]]:
             parts.append([row])
             width = len(row[1])
     return parts
-
-
-def find_head(model: torch.nn.Module) -> torch.nn.Module:
-    """The module that maps hidden states to outputs: the only child beside the body that is not dropout."""
-    heads = [
-        (name, child)
-        for name, child in model.named_children()
-        if child is not model.base_model and not isinstance(child, torch.nn.Dropout)
-    ]
-    if len(heads) != 1:
-        names = ", ".join(name for name, _ in heads) or "none"
-        raise ModelRefused(f"{type(model).__name__} has not one output head beside its body but: {names}")
-    return heads[0][1]
-
-
-def find_window(config: Any) -> int:
-    """Longest sequence the model was made for, in tokens."""
-    text = config.get_text_config()
-    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx")]
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=2**31)
-
-
-def verify(
-    causal: CausalModel, evaluate: Callable[[torch.Tensor], torch.Tensor], vocabulary: int, candidates: int
-) -> None:
-    """Compares cached outputs with plain full forwards; raises ModelRefused where they differ.
-
-    evaluate: full forward of the unchanged model, ids [1, n] → outputs [C] at the last token.
-    candidates: how many branch off each sequence, 0 to compare at the sequence's own last token.
-    """
-    generator = torch.Generator().manual_seed(0)
-    config = causal.model.config.get_text_config()
-    local = [getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_window")]
-    reach = max((w for w in local if isinstance(w, int) and w <= 512), default=8)
-    lengths = [min(reach + 9, causal.window - 2), 5]
-    sequences = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in lengths]
-    branches = torch.randint(vocabulary, (2, candidates), generator=generator).to(causal.device)
-    prefixes = [Prefix(f"probe-{n}", sequence, []) for n, sequence in enumerate(sequences)]
-    causal.catch_up(prefixes)
-    last = torch.tensor([[s[-1]] for s in sequences], device=causal.device)
-    cached = causal.step([p.key for p in prefixes], lengths, torch.cat((last, branches), dim=1), int(candidates > 0))
-    for prefix in prefixes:
-        causal.release(prefix.key)
-    full = torch.stack(
-        [
-            torch.stack([evaluate(torch.tensor([[*s, *suffix]])) for suffix in [[v] for v in row] or [[]]])
-            for s, row in zip(sequences, branches.tolist(), strict=True)
-        ]
-    ).to(cached.device)
-    error = (cached - full).abs().max().item()
-    scale = max(1.0, full.abs().max().item())
-    allowed = scale * (1e-3 if causal.dtype == torch.float32 else 4e-2)
-    if not math.isfinite(error) or error > allowed:
-        raise ModelRefused(
-            f"{causal._refusal()} cached outputs differ from plain forwards by {error:.2g} (allowed {allowed:.2g})"
-        )
-
-
-@contextmanager
-def eager_attention(model: Any) -> Iterator[None]:
-    """The eager implementation is a model's definition: others leave out what they cannot do (capped scores)."""
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(ATTENTION_NAME)
-
-
-def require_safetensors(path: str | Path, label: str, config: str = "config.json") -> None:
-    """Refuses a local checkpoint folder that has no safetensors file."""
-    folder = Path(path)
-    if not folder.exists():
-        if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
-            raise ModelRefused(f"{label}: {path} does not exist")
-        return
-    if not folder.is_dir() or not (folder / config).is_file():
-        raise ModelRefused(f"{label}: {path} is not a checkpoint folder ({config} is missing)")
-    if not any(folder.glob("*.safetensors")):
-        raise ModelRefused(
-            f"{label}: {path} holds no *.safetensors file; other formats can run code when they are "
-            "loaded. Save it again with save_pretrained(safe_serialization=True)"
-        )
-
-
-def first_line(error: Exception) -> str:
-    """The start of an error's message, for a sentence of ours."""
-    return str(error).strip().split("\n")[0][:300]

@@ -80,6 +80,11 @@ class PagedCache:
         return sum(shape.heads * (shape.key_width + shape.value_width) for shape in layers) * dtype.itemsize
 
     @property
+    def memory(self) -> int:
+        """Bytes that all blocks take, padding and scratch included."""
+        return sum(layer.numel() * layer.element_size() for layer in (*self.keys, *self.values))
+
+    @property
     def blocks_in_use(self) -> int:
         """Blocks held by running requests."""
         return self.num_blocks - len(self._free)

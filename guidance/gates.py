@@ -5,9 +5,11 @@ from collections.abc import Sequence
 
 import torch
 
-from steersman.guidance.plan import KLCondition
+from steersman.guidance.plan import KLCondition, Plan
 from steersman.guidance.readings import Readings
 from steersman.guidance.rows import Row
+from steersman.guidance.transfer import to_device
+from steersman.kernels.arguments import LARGEST_SAMPLE
 from steersman.kernels.reference import measure_entropy, measure_kl, sample_kl
 
 _SPENT = 1e-6
@@ -23,12 +25,28 @@ def may_open(row: Row) -> bool:
     return (limit is None or row.position < limit) and (plan.kl_budget is None or row.request.budget_left > _SPENT)
 
 
+def certain_readers(plan: Plan) -> tuple[str, ...]:
+    """Models that an open position asks whatever the base's logits are: not those behind its entropy or a KL."""
+    if plan.gate.entropy_above is not None:
+        return ()
+    if plan.gate.kl is not None:
+        return (plan.gate.kl.policy,)
+    return (*(term.policy for term in plan.formula.policies), *(term.model for term in plan.formula.rewards))
+
+
+def can_defer(plan: Plan) -> bool:
+    """Whether a kernel can decide the KL condition where it writes: no model is spared by knowing it before."""
+    if plan.gate.kl is None or plan.kl_budget is not None or plan.gate.kl.samples > LARGEST_SAMPLE:
+        return False
+    return not plan.formula.rewards and set(plan.policies) == {plan.gate.kl.policy}
+
+
 def open_by_entropy(logits: torch.Tensor, rows: Sequence[Row]) -> list[Row]:
     """The rows without an entropy condition and those whose condition holds; logits [B, V] are the base's."""
     asked = [row for row in rows if row.request.plan.gate.entropy_above is not None]
     if not asked:
         return list(rows)
-    entropies = measure_entropy(logits[[row.index for row in asked]]).tolist()
+    entropies = measure_entropy(logits[to_device([row.index for row in asked], logits.device)]).tolist()
     closed = {
         row.index
         for row, entropy in zip(asked, entropies, strict=True)
@@ -47,9 +65,11 @@ def closed_by_kl(logits: torch.Tensor, rows: Sequence[Row], readings: Readings) 
     closed = set()
     for (policy, samples), group in groups.items():
         members = [row for row, _ in group]
-        base, asked = logits[[row.index for row in members]], readings.gather(policy, members)
+        base, asked = logits[to_device([row.index for row in members], logits.device)], readings.gather(policy, members)
         if samples:
-            values = sample_kl(asked, base, samples, [_generator(row, base.device) for row in members])
+            values = sample_kl(
+                asked, base, samples, [torch.Generator(base.device).manual_seed(choose_seed(row)) for row in members]
+            )
         else:
             values = measure_kl(asked, base)
         for (row, condition), value in zip(group, values.tolist(), strict=True):
@@ -58,7 +78,8 @@ def closed_by_kl(logits: torch.Tensor, rows: Sequence[Row], readings: Readings) 
     return closed
 
 
-def _generator(row: Row, device: torch.device) -> torch.Generator:
-    """Depends on the request's seed and the position alone: not on the batch, nor on how often it was asked."""
+def choose_seed(row: Row) -> int:
+    """Of a position's samples, 63 bits. Depends on the request's seed and the position alone: not on the batch, nor on
+    how often it was asked."""
     digest = hashlib.blake2b(f"{row.request.seed}/{row.position}".encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+    return int.from_bytes(digest, "big") >> 1

@@ -11,7 +11,7 @@ from steersman.guidance.plan import Plan, compile_plan
 from steersman.guidance.policies import load_policy
 from steersman.guidance.report import Report
 from steersman.guidance.request import BestOfN, Blockwise, GuidanceError, parse_guidance, policies, reward_models
-from steersman.guidance.rewards import load_reward_model
+from steersman.guidance.reward_loading import load_reward_model
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
 

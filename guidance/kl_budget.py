@@ -10,9 +10,13 @@ would over-optimise is cut down at every position alike, and one that needs less
 the base restricted to the support costs more than its share, as under a top k, is decoded by the base.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from steersman.guidance.rows import Steered
+from steersman.guidance.transfer import to_device
 
 _HALVINGS = 24
 SHARE = 1 / 8
@@ -29,6 +33,27 @@ class Fitted:
     """[n] KL of each row's distribution, nats; 0 where the base decodes."""
     fits: torch.Tensor
     """[n] bool; False where even the base model restricted to the support costs more than its share."""
+
+
+def fit_budgets(
+    steered: Sequence[Steered], scores: torch.Tensor, base_logprobs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weakens those rows of `scores` [G, C] that have a budget, and counts what they spend.
+
+    Returns scores and [G] bool: False where a row does not fit and the base decodes. What is left of a budget is the
+    host's: with one in the batch it waits for the device.
+    """
+    fits = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    lines = [n for n, s in enumerate(steered) if s.row.request.plan.kl_budget is not None]
+    if not lines:
+        return scores, fits
+    requests = [steered[n].row.request for n in lines]
+    places = to_device(lines, scores.device)
+    left = to_device([request.budget_left for request in requests], scores.device, scores.dtype)
+    fitted = fit_budget(scores[places], base_logprobs[places], left)
+    for request, kl in zip(requests, fitted.kl.tolist(), strict=True):
+        request.spent[-1] = kl
+    return scores.index_copy(0, places, fitted.scores), fits.index_copy(0, places, fitted.fits)
 
 
 def fit_budget(scores: torch.Tensor, base_logprobs: torch.Tensor, left: torch.Tensor) -> Fitted:

@@ -1,61 +1,29 @@
 """Policies: causal language models with the base's tokenizer, or adapters over the base, that read one token a step."""
 
-from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from steersman.guidance.auxiliary import (
-    CausalModel,
-    ModelRefused,
-    Prefix,
-    eager_attention,
-    find_head,
-    first_line,
-    require_safetensors,
-    verify,
-)
+from steersman.guidance.cached import NextTokenModel
+from steersman.guidance.checkpoints import ModelRefused, first_line, require_safetensors
 from steersman.guidance.tokenizers import same_tokenizer, size_of
 
 _ADAPTER_CONFIG = "adapter_config.json"
 
 
-class Policy:
+class Policy(NextTokenModel):
     """Next-token logits of a causal language model for every row, from one new token each."""
 
     kind = "policy"
 
     def __init__(self, model: Any, name: str, cache_bytes: int, max_rows: int = 64) -> None:
-        self.name = name
-        self.model = CausalModel(model, f"policy {name!r}", cache_bytes, max_rows, _language_head(model))
-        self.window = self.model.window
-
-        def evaluate(ids: torch.Tensor) -> torch.Tensor:
-            ids = ids.to(self.model.device)
-            with eager_attention(model):
-                return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
-
-        with torch.inference_mode():
-            verify(self.model, evaluate, model.config.get_text_config().vocab_size, candidates=0)
-
-    def read(self, prefixes: Sequence[Prefix]) -> tuple[torch.Tensor, list[int]]:
-        """Logits [G, V of the policy] float32 after each prefix, and the prefix tokens read for the first time beside
-        the last one. Raises Unscorable where a single prefix finds no room, CacheFull where one of several does."""
-        caught_up = self.model.catch_up(prefixes)
-        last = torch.tensor([[p.last] for p in prefixes], device=self.model.device)
-        outputs = self.model.step([p.key for p in prefixes], [len(p) for p in prefixes], last, branches=0)
-        return outputs[:, 0], caught_up
-
-    def release(self, key: Hashable, tokens: Sequence[int] | None = None, failed: bool = False) -> None:
-        """Forgets a request; with `tokens` later requests that begin alike may reuse its cache, unless it failed."""
-        self.model.release(key, tokens, failed)
+        super().__init__(model, f"policy {name!r}", name, cache_bytes, max_rows)
 
     def describe(self) -> dict[str, Any]:
         """Facts for users: kind, window, cache size, vocabulary."""
-        vocabulary = self.model.model.config.get_text_config().vocab_size
-        return {"name": self.name, "kind": self.kind, "vocabulary": vocabulary, **self.model.describe()}
+        return {**super().describe(), "vocabulary": self.vocabulary}
 
 
 def load_policy(
@@ -150,19 +118,3 @@ def _require_language_head(label: str, path: str, trust_remote_code: bool) -> No
             f"{label}: {path} is a {', '.join(architectures) or 'model without an architecture'}, not a causal "
             "language model (…ForCausalLM)"
         )
-
-
-def _language_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The output layer and what some architectures do to logits after it."""
-    layer = find_head(model)
-    config = model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-
-    def head(hidden: torch.Tensor) -> torch.Tensor:
-        logits = layer(hidden)
-        if scale != 1.0:
-            logits = logits * scale
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    return head

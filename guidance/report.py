@@ -1,6 +1,6 @@
 """What guidance did to one answer: the numbers that every guided response carries."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +8,13 @@ import numpy as np
 import torch
 
 from steersman.guidance.plan import Formula, Plan, RewardTerm, Transform
+from steersman.guidance.transfer import to_device
 
+_BASE = Formula()
+_SUMMED = (
+    *("guided_tokens", "interventions", "kl", "reward_model_tokens", "policy_tokens"),
+    *("saved_reward_model_tokens", "saved_policy_tokens"),
+)
 TRACED = 5
 """Candidates that a trace shows where the whole vocabulary is the support."""
 
@@ -38,15 +44,21 @@ class VocabularyStep:
     base_total: torch.Tensor
     """[G] log-sum-exp of the base's logits."""
     guided_total: torch.Tensor
+    opened: torch.Tensor
+    """[G] bool: whether the position's formula was decoded, and not what stands behind its gate."""
 
-    def choose(self, lines: Sequence[int], tokens: Sequence[int]) -> list["ChosenToken"]:
-        """What became of `lines` now that their tokens are known."""
-        line, token = torch.tensor([lines, tokens], device=self.base.device)
-        base_logprobs = self.base[line, token] - self.base_total[line]
-        logprobs = self.guided[line, token] - self.guided_total[line]
-        changed = self.base[line].argmax(dim=-1) != self.guided[line].argmax(dim=-1)
-        values = zip(logprobs.tolist(), base_logprobs.tolist(), changed.tolist(), strict=True)
-        return [ChosenToken(*value) for value in values]
+    def choose(self, lines: Sequence[int], tokens: torch.Tensor) -> "ChosenStep":
+        """What became of `lines` now that their tokens [len(lines)] int64 are known; asks the device for nothing."""
+        parts = self.base, self.guided, self.base_total, self.guided_total, self.opened
+        if list(lines) != list(range(len(self.base))):
+            line = to_device(lines, self.base.device)
+            parts = tuple(part[line] for part in parts)
+        base, guided, base_total, guided_total, opened = parts
+        token = tokens.unsqueeze(-1)
+        logprobs = guided.gather(1, token).squeeze(-1) - guided_total
+        base_logprobs = base.gather(1, token).squeeze(-1) - base_total
+        changed = base.argmax(dim=-1) != guided.argmax(dim=-1)
+        return ChosenStep(torch.stack((logprobs, base_logprobs, changed.float(), opened.float()), dim=-1))
 
     def trace(self, line: int) -> list[dict[str, Any]]:
         """The most likely tokens of a line, best first."""
@@ -61,23 +73,24 @@ class VocabularyStep:
 
 
 @dataclass(frozen=True, slots=True)
-class ChosenToken:
-    """One position over the whole vocabulary after its token was chosen."""
+class ChosenStep:
+    """Positions over the whole vocabulary after their tokens were chosen."""
 
-    logprob: float
-    base_logprob: float
-    changed: bool
-    """Whether guidance changed the most likely token."""
+    values: torch.Tensor
+    """[n, 4] float32: log π and log π₀ of the chosen token; 1 where guidance changed the most likely token; 1 where
+    the position's formula was decoded."""
 
 
 @dataclass(slots=True)
 class Position:
     """One generated position of one request; `step` is None where the base decoded alone."""
 
-    step: CandidateStep | VocabularyStep | ChosenToken | None = None
+    step: CandidateStep | VocabularyStep | ChosenStep | None = None
     line: int = 0
     """The request's row in `step`."""
-    formula: Formula = field(default_factory=Formula)
+    formula: Formula = _BASE
+    below: Formula = _BASE
+    """What was decoded instead where the step says that the gate was closed."""
     traced: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -122,6 +135,7 @@ class _Outcome:
     kl: float
     changed: bool
     candidates: list[dict[str, Any]]
+    formula: Formula
 
 
 def summarise(
@@ -133,12 +147,8 @@ def summarise(
     error: str | None = None,
 ) -> Report:
     """Reads the positions of `response`; later ones, computed ahead of a stop, are ignored."""
-    used = list(positions[: len(response)])
-    outcomes = _candidate_outcomes(plan, used, response)
-    for n, position in enumerate(used):
-        if isinstance(position.step, ChosenToken):
-            chosen = position.step
-            outcomes[n] = _Outcome(chosen.logprob - chosen.base_logprob, chosen.changed, position.traced)
+    used = [] if error is not None else list(positions[: len(response)])
+    outcomes = _candidate_outcomes(plan, used, response) | _vocabulary_outcomes(used)
     return Report(
         method=plan.method,
         tokens=len(response),
@@ -151,9 +161,27 @@ def summarise(
         saved_reward_model_tokens=counts.saved_reward_model_tokens,
         saved_policy_tokens=counts.saved_policy_tokens,
         kl_spent=kl_spent,
-        trace=_trace(used, outcomes, response) if plan.trace else None,
+        trace=_trace(outcomes, response) if plan.trace else None,
         error=error,
     )
+
+
+def merge_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One report from those of workers of which each guided other positions of the same answer."""
+    merged = dict(reports[0])
+    for report in reports[1:]:
+        for name in _SUMMED:
+            merged[name] += report[name]
+        merged["error"] = merged["error"] or report["error"]
+        merged["rewards"] = {
+            name: value if value is not None else report["rewards"][name] for name, value in merged["rewards"].items()
+        }
+        if merged["trace"] is not None:
+            merged["trace"] = [
+                mine if mine["source"] != "base" else other
+                for mine, other in zip(merged["trace"], report["trace"], strict=True)
+            ]
+    return merged
 
 
 def name_source(formula: Formula) -> str:
@@ -183,7 +211,20 @@ def _candidate_outcomes(plan: Plan, used: Sequence[Position], response: Sequence
             column = int(chosen[row].argmax())
             kl = float(logprobs[row, column] - base[row, column])
             shown = _candidates(used[n], ids[row], base[row], logprobs[row]) if plan.trace else []
-            outcomes[n] = _Outcome(kl, bool(changed[row]), shown)
+            outcomes[n] = _Outcome(kl, bool(changed[row]), shown, used[n].formula)
+    return outcomes
+
+
+def _vocabulary_outcomes(used: Sequence[Position]) -> dict[int, _Outcome]:
+    chosen = [(n, p, p.step.values[p.line]) for n, p in enumerate(used) if isinstance(p.step, ChosenStep)]
+    if not chosen:
+        return {}
+    values = torch.stack([value for _, _, value in chosen]).tolist()
+    outcomes = {}
+    for (n, position, _), (logprob, base_logprob, changed, opened) in zip(chosen, values, strict=True):
+        formula = position.formula if opened else position.below
+        if not formula.is_base:
+            outcomes[n] = _Outcome(logprob - base_logprob, bool(changed), position.traced, formula)
     return outcomes
 
 
@@ -221,15 +262,15 @@ def _final_rewards(plan: Plan, used: Sequence[Position], response: Sequence[int]
     return last
 
 
-def _trace(used: Sequence[Position], outcomes: dict[int, _Outcome], response: Sequence[int]) -> list[dict[str, Any]]:
+def _trace(outcomes: dict[int, _Outcome], response: Sequence[int]) -> list[dict[str, Any]]:
     return [
         {
             "token_id": response[n],
             "candidates": outcomes[n].candidates if n in outcomes else [],
             "kl": outcomes[n].kl if n in outcomes else 0.0,
-            "source": name_source(position.formula) if n in outcomes else "base",
+            "source": name_source(outcomes[n].formula) if n in outcomes else "base",
         }
-        for n, position in enumerate(used)
+        for n in range(len(response))
     ]
 
 

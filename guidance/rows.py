@@ -3,9 +3,12 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from steersman.guidance.auxiliary import Prefix
-from steersman.guidance.plan import Formula, Plan
-from steersman.guidance.report import Counts, Position, VocabularyStep
+from steersman.guidance.plan import Formula, KLCondition, Plan
+from steersman.guidance.report import CandidateStep, Counts, Position, VocabularyStep
+from steersman.guidance.transfer import to_device
 
 
 @dataclass
@@ -33,6 +36,16 @@ class GuidedRequest:
     def budget_left(self) -> float:
         """Nats that the rest of the answer may still take."""
         return float("inf") if self.plan.kl_budget is None else self.plan.kl_budget - sum(self.spent)
+
+    def count_policy(self, read: int, caught_up: int) -> None:
+        """Tokens that a policy read in one step, of which `caught_up` had been spared before."""
+        self.policy_tokens += read
+        self.saved_policy_tokens = max(0, self.saved_policy_tokens - caught_up)
+
+    def count_reward_model(self, read: int, caught_up: int) -> None:
+        """Tokens that a reward model read in one step, of which `caught_up` had been spared before."""
+        self.reward_model_tokens += read
+        self.saved_reward_model_tokens = max(0, self.saved_reward_model_tokens - caught_up)
 
     @property
     def counts(self) -> Counts:
@@ -72,46 +85,84 @@ class Steered:
 
     row: Row
     formula: Formula
+    gate: KLCondition | None = None
+    """A condition that is decided where the formula is written; the plan's `below` applies where it does not hold."""
 
-    @property
-    def position(self) -> Position:
-        """The record of this step."""
-        return self.row.request.positions[-1]
+    def record(self, step: CandidateStep | VocabularyStep, line: int) -> None:
+        """Keeps what is done at this position: line `line` of `step`."""
+        position = self.row.request.positions[-1]
+        position.step, position.line, position.formula = step, line, self.formula
+        if self.gate is not None:
+            position.below = self.row.request.plan.below
 
 
-def begin_positions(rows: Sequence[Row]) -> None:
-    """Opens the record of this step in every request. A position that is scored again replaces what was recorded."""
+class LastTokens:
+    """The last token of every row of a step, on the device."""
+
+    def __init__(self, rows: Sequence[Row], tokens: torch.Tensor) -> None:
+        """tokens: [len(rows)] int64."""
+        self.tokens = tokens
+        self._places = {row.index: place for place, row in enumerate(rows)}
+
+    def of(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Those of some of the rows, [len(rows)] int64."""
+        places = [self._places[row.index] for row in rows]
+        return (
+            self.tokens
+            if places == list(range(len(self.tokens)))
+            else self.tokens[to_device(places, self.tokens.device)]
+        )
+
+
+def begin_positions(rows: Sequence[Row], last: torch.Tensor) -> None:
+    """Opens the record of this step in every request; `last` [len(rows)] int64 are the tokens that it follows.
+
+    A position that is scored again replaces what was recorded.
+    """
     for row in rows:
         request = row.request
         del request.positions[row.position :]
         del request.spent[row.position :]
-    _choose_tokens([(row.request, row.output[-1]) for row in rows if row.output])
+        if len(request.positions) < row.position:
+            _resume(row)
+    _choose_tokens([row.request for row in rows], last)
     for row in rows:
         row.request.positions.append(Position())
         if row.request.plan.kl_budget is not None:
             row.request.spent.append(0.0)
 
 
+def _resume(row: Row) -> None:
+    """Positions that another worker guided, before the request came back here, stay empty."""
+    request = row.request
+    if request.positions:
+        choose_last_token(request, row.output)
+    request.positions += [Position() for _ in range(row.position - len(request.positions))]
+
+
 def choose_last_token(request: GuidedRequest, response: Sequence[int]) -> None:
-    """Completes the record of an answer's last position; those computed ahead of a stop are dropped."""
+    """Completes the record of the last position that was guided; those computed ahead of a stop are dropped."""
     del request.positions[len(response) :]
     del request.spent[len(response) :]
-    if response and len(request.positions) == len(response):
-        _choose_tokens([(request, response[-1])])
+    step = request.positions[-1].step if request.positions else None
+    if isinstance(step, VocabularyStep):
+        token = response[len(request.positions) - 1]
+        _choose_tokens([request], to_device([token], step.base.device))
 
 
-def _choose_tokens(chosen: Sequence[tuple[GuidedRequest, int]]) -> None:
+def _choose_tokens(requests: Sequence[GuidedRequest], tokens: torch.Tensor) -> None:
     """Replaces the last step over the whole vocabulary of each request by what became of it."""
     waiting: dict[int, tuple[VocabularyStep, list[Position], list[int]]] = {}
-    for request, token in chosen:
+    for place, request in enumerate(requests):
         position = request.positions[-1] if request.positions else None
         if position is not None and isinstance(position.step, VocabularyStep):
             if request.plan.trace:
                 position.traced = position.step.trace(position.line)
-            _, positions, tokens = waiting.setdefault(id(position.step), (position.step, [], []))
+            _, positions, places = waiting.setdefault(id(position.step), (position.step, [], []))
             positions.append(position)
-            tokens.append(token)
-    for step, positions, tokens in waiting.values():
-        outcomes = step.choose([position.line for position in positions], tokens)
-        for position, outcome in zip(positions, outcomes, strict=True):
-            position.step = outcome
+            places.append(place)
+    for step, positions, places in waiting.values():
+        chosen = tokens if len(places) == len(tokens) else tokens[to_device(places, tokens.device)]
+        outcome = step.choose([position.line for position in positions], chosen)
+        for line, position in enumerate(positions):
+            position.step, position.line = outcome, line

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+LARGEST_SAMPLE = 1024
+"""Draws of a policy that a kernel makes for one row at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class RewardTerms:

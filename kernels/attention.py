@@ -110,7 +110,8 @@ def plan_launches(
         (rows * fed, query_heads),
         dict(partial=partial, out=out, fed=fed, query_heads=query_heads),
         dict(WIDTH=width, PADDED=padded, SPLITS=splits),
-        warps=1,
+        # 64 partial sums a thread: more do not fit into its registers.
+        warps=max(1, splits * padded // 2048),
     )
     return [attend, merge]
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from steersman.kernels.arguments import Blended, BlendRows
+from steersman.kernels.arguments import LARGEST_SAMPLE, Blended, BlendRows
 from steersman.kernels.launch import Launch, most_splits, require_contiguous, require_rows, split_rows
 
 _TILE = 2048
@@ -19,7 +19,6 @@ _PART = 4096
 # Sizes that cover most vocabularies, so that few variants are compiled.
 _SPLITS = 128
 _GROUPS = 8192
-LARGEST_SAMPLE = 1024
 GROUP = 32
 _STATISTICS = 5
 

@@ -3,7 +3,7 @@
 import torch
 
 from steersman.kernels import reference
-from steersman.kernels.arguments import RewardTerms
+from steersman.kernels.arguments import Blended, BlendRows, RewardTerms
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -34,6 +34,14 @@ def write_reranked(
     from steersman.kernels.rerank import reward_rerank
 
     return reward_rerank(logits, rows.int(), ids.int(), logprobs, terms, rewards.contiguous())
+
+
+def blend_policy(logits: torch.Tensor, policy: torch.Tensor, asked: BlendRows, samples: int) -> Blended:
+    """`kernels.blend.policy_blend` with a workspace of its own."""
+    from steersman.kernels.blend import make_workspace, policy_blend
+
+    workspace = make_workspace(len(policy), policy.shape[-1], logits.device)
+    return policy_blend(logits, policy, asked, workspace, samples)
 
 
 def attend_candidates(

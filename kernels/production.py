@@ -77,16 +77,26 @@ def _attention() -> Iterator[tuple[str, Launch]]:
                     split = ", split" if columns > 128 else ""
                     yield f"attention, d = {width}, T = {1 + k * branches}, {_short(dtype)}{split}", launches[0]
                     if launches[1:]:
-                        yield f"attention merge{split}, d = {width}, {_short(dtype)}", launches[1]
+                        yield f"attention merge of {_splits(launches[1])}, d = {width}, {_short(dtype)}", launches[1]
+            # In a graph tables are as wide as the model's window, whatever the batch: any number of splits may come.
+            for splits in (2, 4, 8, 16, 32, 64, 128):
+                merge = _attend(dtype, width, 10, 1, 2048, splits)[1]
+                yield f"attention merge of {splits}, d = {width}, {_short(dtype)}", merge
 
 
-def _attend(dtype: torch.dtype, width: int, k: int, branches: int, columns: int) -> list[Launch]:
+def _splits(launch: Launch) -> int:
+    return int(launch.choices["SPLITS"])
+
+
+def _attend(
+    dtype: torch.dtype, width: int, k: int, branches: int, columns: int, splits: int | None = None
+) -> list[Launch]:
     rows, heads, shared, fed = 4, 4, 7, 1 + k * branches
     # As the decoder makes them: heads of one joined projection.
     fresh = _tensor(rows, fed, heads * (shared + 2), width, dtype=dtype).transpose(1, 2)
     query, key, value = fresh.split([heads * shared, heads, heads], dim=1)
     cache = _tensor(heads, 1024, 16, width, dtype=dtype)
-    splits = attention.choose_splits(rows, heads, columns)
+    splits = splits or attention.choose_splits(rows, heads, columns)
     return attention.plan_launches(
         query, key, value, cache, cache, _tensor(rows, columns // 16, dtype=torch.int64),
         _tensor(rows, dtype=torch.int32), _tensor(rows, fed, heads * shared, width, dtype=dtype),

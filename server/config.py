@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from steersman.guidance.auxiliary import ModelRefused
+from steersman.guidance.checkpoints import ModelRefused
 
 CONFIG_KEY = "steersman"
 """Where the configuration lies in vLLM's `additional_config`, and a request's guidance in its `extra_args`."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from steersman.guidance.plan import compile_plan
+from steersman.guidance.report import merge_reports
 from steersman.guidance.request import BestOfN, Blockwise, GuidanceError, parse_guidance
 from steersman.server.budget import CacheBudget
 from steersman.server.config import CONFIG_KEY
@@ -217,10 +218,12 @@ class GuidedEngine:
         self._reports.setdefault(ticket.key, {})[index] = report
 
     async def _finish(self, ticket: _Ticket, index: int, response: list[int]) -> dict[str, Any] | None:
-        report: dict[str, Any] | None = await self._ask_worker(
-            "steersman_finish", ticket.key, ticket.choice_seed(index), response
-        )
-        return report
+        args = ticket.key, ticket.choice_seed(index), response
+        replies = await self._engine.collective_rpc("steersman_finish", args=args)
+        reports = [reply for reply in replies if reply is not None]
+        if not reports:
+            return None
+        return merge_reports(reports) if self.registry.sharded else reports[0]
 
     def _name_tokens(self, report: dict[str, Any]) -> None:
         """Adds their texts to the tokens of a trace; a report without one has no such field."""

@@ -8,11 +8,12 @@ import torch
 from rich.progress import track
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from steersman.guidance.auxiliary import ModelRefused
+from steersman.guidance.checkpoints import ModelRefused
+from steersman.guidance.overlap import make_side_stream
 from steersman.guidance.plan import Plan, compile_plan
 from steersman.guidance.policies import load_policy
 from steersman.guidance.request import BestOfN, Blockwise, parse_guidance
-from steersman.guidance.rewards import load_reward_model
+from steersman.guidance.reward_loading import load_reward_model
 from steersman.guidance.runtime import GuidanceRuntime
 from steersman.server.config import CONFIG_KEY, load_config
 
@@ -35,17 +36,19 @@ def build_runtime(vllm_config: Any, device: torch.device) -> WorkerRuntime:
         "max_rows": vllm_config.scheduler_config.max_num_seqs,
         "trust_remote_code": model_config.trust_remote_code,
     }
-    runtime = WorkerRuntime({}, tokenizer.eos_token_id)
+    side = make_side_stream(device)
     try:
-        runtime.reward_models = _load(
+        rewards = _load(
             "reward models", config.reward_models, lambda n, path: load_reward_model(n, path, tokenizer, **options)
         )
-        runtime.policies = _load(
+        policies = _load(
             "policies", config.policies, lambda n, path: load_policy(n, path, model_config.model, tokenizer, **options)
         )
     except ModelRefused as error:
+        runtime = WorkerRuntime({}, tokenizer.eos_token_id)
         runtime.refusal = str(error)
-    return runtime
+        return runtime
+    return WorkerRuntime(rewards, tokenizer.eos_token_id, policies, side)
 
 
 def _load(what: str, paths: Mapping[str, str], load: Callable[[str, str], Any]) -> dict[str, Any]:

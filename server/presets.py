@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from steersman.guidance.auxiliary import ModelRefused
+from steersman.guidance.checkpoints import ModelRefused
 from steersman.guidance.request import Guidance, GuidanceError, parse_guidance, policies, reward_models
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

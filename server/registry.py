@@ -6,7 +6,14 @@ from typing import Any
 
 from steersman.guidance import request as limits
 from steersman.guidance.plan import Plan
-from steersman.guidance.request import Guidance, GuidanceError, describe_methods, policies, reward_models
+from steersman.guidance.request import (
+    Guidance,
+    GuidanceError,
+    RewardGuidance,
+    describe_methods,
+    policies,
+    reward_models,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,8 @@ class Registry:
     reward_models: dict[str, LoadedModel]
     policies: dict[str, LoadedModel] = field(default_factory=dict)
     presets: dict[str, Guidance] = field(default_factory=dict)
+    sharded: bool = False
+    """Whether each tensor-parallel rank samples, and guides, requests of its own."""
 
     @property
     def models(self) -> dict[str, LoadedModel]:
@@ -48,6 +57,20 @@ class Registry:
                 if name not in loaded:
                     known = ", ".join(sorted(loaded)) or f"none; start the server with {option} NAME=PATH"
                     raise GuidanceError(place, f"no {what} {name!r:.80} is loaded; loaded are: {known}")
+        if self.sharded and getattr(guidance, "kl_budget", None) is not None:
+            raise GuidanceError(
+                "guidance.kl_budget",
+                "cannot be kept by a server that shards sampling, where a preempted answer may go on in a worker that "
+                "does not know what it has spent; leave it out or start without --enable-batch-sharded-sampling",
+            )
+        if isinstance(guidance, RewardGuidance) and guidance.end_token:
+            for _, name in reward_models(guidance):
+                if self.reward_models[name].kind == "vocabulary":
+                    raise GuidanceError(
+                        "guidance.end_token",
+                        f"reward model {name!r} says the reward of every next token without reading it, so it has none "
+                        "behind an end token; leave end_token out or use a reward model that reads candidates",
+                    )
 
     def find_preset(self, name: str) -> Guidance:
         """The guidance that a preset stands for; raises GuidanceError."""
@@ -130,4 +153,5 @@ def build_registry(described: Mapping[str, Any], presets: Mapping[str, Guidance]
     def load(descriptions: Sequence[Mapping[str, Any]]) -> dict[str, LoadedModel]:
         return {d["name"]: LoadedModel(**{k: v for k, v in d.items() if k in fields}) for d in descriptions}
 
-    return Registry(load(described["reward_models"]), load(described["policies"]), dict(presets))
+    rewards, policies = load(described["reward_models"]), load(described["policies"])
+    return Registry(rewards, policies, dict(presets), described["sharded"])

@@ -3,11 +3,12 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import uvloop
 
-from steersman.guidance.auxiliary import ModelRefused
+from steersman.guidance.checkpoints import ModelRefused
 from steersman.guidance.request import BASE, Guidance
 from steersman.server.config import CONFIG_KEY, ServerConfig, parse_named_paths
 from steersman.server.presets import load_presets
@@ -80,7 +81,7 @@ def check_before_start(args: argparse.Namespace) -> dict[str, Guidance]:
     """Refuses in a second what would fail only after the base model is loaded, hands the rest to the workers, and
     returns the presets."""
     from steersman.guidance.policies import inspect_policy
-    from steersman.guidance.rewards import inspect_checkpoint
+    from steersman.guidance.reward_loading import inspect_checkpoint
     from steersman.server.loading import load_tokenizer
 
     if args.guidance_cache <= 0:
@@ -116,6 +117,16 @@ def check_before_start(args: argparse.Namespace) -> dict[str, Guidance]:
     return presets
 
 
+def describe_memory(model: Mapping[str, Any]) -> str:
+    """What one auxiliary model takes of the memory that the server is given; vLLM's own cache gets what is left."""
+    tokens = model["cache_blocks"] * model["block_size"]
+    return (
+        f"{'policy' if model['kind'] == 'policy' else 'reward model'} {model['name']!r}: "
+        f"{model['weight_bytes'] / 2**20:.1f} MiB of weights, {model['cache_bytes'] / 2**20:.1f} MiB of cache for "
+        f"{tokens} tokens of {model['bytes_per_token']} bytes"
+    )
+
+
 async def serve(args: argparse.Namespace, presets: dict[str, Guidance]) -> None:
     """Starts the engine, replaces the routes, and serves until shutdown."""
     from steersman.server import vllm
@@ -130,6 +141,9 @@ async def serve(args: argparse.Namespace, presets: dict[str, Guidance]) -> None:
             described = [reply for reply in await engine.collective_rpc("steersman_describe") if reply is not None]
             if described[0]["refusal"] is not None:
                 raise ModelRefused(described[0]["refusal"])
+            for model in (*described[0]["reward_models"], *described[0]["policies"]):
+                if "cache_bytes" in model:
+                    print(describe_memory(model))
             registry = build_registry(described[0], presets)
             tasks = await engine.get_supported_tasks()
             app = vllm.build_app(args, tasks, engine.model_config)

@@ -26,6 +26,7 @@ class GuidanceWorkerExtension:
             return None
         return {
             "refusal": runtime.refusal,
+            "sharded": getattr(self.model_runner, "batch_sharder", None) is not None,
             "work": asdict(runtime.work),
             "reward_models": [model.describe() for model in runtime.reward_models.values()],
             "policies": [policy.describe() for policy in runtime.policies.values()],
@@ -42,6 +43,7 @@ class GuidanceWorkerExtension:
         runtime = self._steersman_runtime()
         if runtime is None:
             return None
+        runtime.settle()
         try:
             return runtime.reward_models[name].score_text(prompt, response)
         except Exception as error:
@@ -54,6 +56,7 @@ class GuidanceWorkerExtension:
         runtime = self._steersman_runtime()
         if runtime is None:
             return None
+        runtime.settle()
         try:
             return runtime.reward_models[name].score_answers(prompt, responses)
         except Exception as error:

@@ -12,7 +12,15 @@ from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from tests.support import interpreted_triton  # noqa: F401
 from tests.support.server import V2_ENVIRONMENT, Server
-from tests.support.tiny import VOCABULARY, build_tokenizer, randomise, save_adapter, save_base, save_reward
+from tests.support.tiny import (
+    VOCABULARY,
+    build_tokenizer,
+    randomise,
+    save_adapter,
+    save_base,
+    save_reward,
+    save_vocabulary_reward,
+)
 
 # A second thread beside a busy server slows the first one down many times over.
 torch.set_num_threads(1)
@@ -63,14 +71,15 @@ def rng() -> random.Random:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `base`; reward models `first` (Llama), `second` (GPT-2), `narrow` (a window of 64), `broken` and `text`
-    (DeBERTa); policies `expert` (Llama), `other` (GPT-2, its vocabulary padded), `slim` (a window of 64), `adapter`
-    (LoRA over the base) and `ill` (broken as a policy)."""
+    """Folders `base`; reward models `first` (Llama), `second` (GPT-2), `narrow` (a window of 64), `broken`, `text`
+    (DeBERTa) and `every` (a vocabulary head); policies `expert` (Llama), `other` (GPT-2, its vocabulary padded), `slim`
+    (a window of 64), `adapter` (LoRA over the base) and `ill` (broken as a policy)."""
     folder = tmp_path_factory.mktemp("models")
     save_base(folder / "base")
     save_reward(folder / "first", seed=1)
     save_reward(folder / "second", seed=2, kind="GPT2", n_embd=64, n_layer=2, n_head=2, n_positions=512)
     save_reward(folder / "narrow", seed=3, max_position_embeddings=64)
+    save_vocabulary_reward(folder / "every", seed=6)
     _save_broken(folder / "broken")
     _save_text_model(folder / "text")
     save_base(folder / "expert", seed=11)
@@ -101,7 +110,7 @@ def server_v2(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 def serve_flags(models: Path) -> list[str]:
     """Flags of the shared server."""
-    names = ["first", "second", "narrow", "broken", "text"]
+    names = ["first", "second", "narrow", "broken", "text", "every"]
     rewards = [flag for name in names for flag in ("--reward-model", f"{name}={models / name}")]
     policies = [flag for name in POLICIES for flag in ("--policy", f"{name}={models / name}")]
     presets = models / "presets.yaml"

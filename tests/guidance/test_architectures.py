@@ -8,8 +8,9 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification
 
-from steersman.guidance.auxiliary import ModelRefused
-from steersman.guidance.rewards import CausalReward, Prefix
+from steersman.guidance.auxiliary import Prefix
+from steersman.guidance.checkpoints import ModelRefused
+from steersman.guidance.rewards import CausalReward
 from tests.support.tiny import COMMON, VOCABULARY, randomise
 
 _HEADS = {"head_dim": 32}

@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from steersman.guidance.auxiliary import CausalModel, Prefix, find_head
+from steersman.guidance.auxiliary import CausalModel, Prefix
+from steersman.guidance.checkpoints import find_head
 from steersman.guidance.decoder import fuse_decoder
 from tests.support.tiny import COMMON, VOCABULARY, randomise
 

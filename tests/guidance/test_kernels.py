@@ -1,23 +1,21 @@
 """The runtime over Triton's kernels, which a GPU uses, in Triton's interpreter: the references' distributions."""
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-from steersman.guidance import attention, auxiliary, runtime
-from steersman.guidance.generate import load_runtime
 from steersman.guidance.reference import ReferenceModels, reference_step
 from steersman.guidance.request import parse_guidance
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
-from steersman.kernels import dispatch
 from tests import laws
-from tests.support.oracle import causal_rewards, language_model, load_oracle, plan_of
+from tests.support.gpu_runtime import acting_as_gpu, count_launches, load_gpu_runtime
+from tests.support.oracle import causal_rewards, language_model, load_oracle, plan_of, vocabulary_rewards
 from tests.support.tiny import VOCABULARY
 from tests.support.traffic import random_prompts
 
@@ -32,56 +30,52 @@ METHODS: dict[str, dict[str, Any]] = {
         "method": "pargs", "reward_model": "first", "policies": {"base": 0.4, "expert": 0.6}, "top_k": 3,
     },
     "with a budget": {"method": "pargs", "reward_model": "first", "top_k": 8, "kl_budget": 12.0},
+    "a vocabulary head": {"method": "pargs", "reward_model": "every", "beta": 1.1, "top_k": 7},
+    "two kinds of reward": {
+        "method": "pargs", "beta": 0.9, "top_k": 6,
+        "rewards": [{"model": "every", "weight": 0.7}, {"model": "first", "weight": 0.4}],
+    },
     "mixed": {"method": "mixed", "policy": "expert", "mix": 0.6},
+    "length control": {"method": "length_control", "policy": "expert", "length": 3},
+    "a threshold": {"method": "kl_threshold", "policy": "expert", "threshold": 0.9, "mix": 0.3},
+    "a product": {"method": "product", "policies": {"base": 0.7, "expert": 0.9, "other": -0.4}},
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def calls() -> list[str]:
-    """Which kernels ran."""
-    return []
+def on_kernels(models: Path) -> Iterator[GuidanceRuntime]:
+    """A runtime that takes the CPU for a device with kernels, from its models' probe on. Steps of up to ten candidates
+    are replayed."""
+    with acting_as_gpu():
+        yield load_gpu_runtime(models)
 
 
-@pytest.fixture(scope="module")
-def on_kernels(models: Path, calls: list[str]) -> Iterator[GuidanceRuntime]:
-    """A runtime that takes the CPU for a device with kernels, from its models' probe on."""
-    tokenizer = AutoTokenizer.from_pretrained(models / "base")
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (dispatch, auxiliary, runtime):
-            patch.setattr(module, "has_kernels", lambda _: True)
-        for module, name in ((attention, "attend_candidates"), (runtime, "write_reranked")):
-            patch.setattr(module, name, _counted(getattr(dispatch, name), name, calls))
-        rewards = {name: str(models / name) for name in ("first", "second")}
-        yield load_runtime(tokenizer, rewards, {"expert": str(models / "expert")}, cache_bytes=2**22)
-
-
-def _counted(function: Any, name: str, calls: list[str]) -> Any:
-    def counted(*arguments: Any) -> Any:
-        calls.append(name)
-        return function(*arguments)
-
-    return counted
+@pytest.fixture
+def launched() -> Iterator[Counter[str]]:
+    """Launches by kernel."""
+    with count_launches() as counter:
+        yield counter
 
 
 @pytest.mark.parametrize("guidance", METHODS.values(), ids=list(METHODS))
 def test_the_distribution_is_the_references(
-    on_kernels: GuidanceRuntime, models: Path, rng: random.Random, calls: list[str], guidance: dict[str, Any]
+    on_kernels: GuidanceRuntime, models: Path, rng: random.Random, launched: Counter[str], guidance: dict[str, Any]
 ) -> None:
     rewards = {name: causal_rewards(models / name) for name in ("first", "second")}
-    policies = {"expert": language_model(models / "expert")}
+    rewards["every"] = vocabulary_rewards(models / "every")
+    policies = {name: language_model(models / name) for name in ("expert", "other")}
 
     def reference(logits: torch.Tensor, prompt: list[int], guidance: dict[str, Any]) -> torch.Tensor:
         sources = ReferenceModels(lambda _: logits, 1, rewards, policies)
         return reference_step(prompt, parse_guidance(guidance), sources).logprobs  # type: ignore[arg-type]
 
-    calls.clear()
     logits, prompts = 2 * torch.randn(3, VOCABULARY), random_prompts(rng, 3, longest=40)
     logits[1, 5:] = torch.where(torch.rand(VOCABULARY - 5) < 0.9, -torch.inf, logits[1, 5:])
     laws.assert_equals_reference(on_kernels, logits, prompts, [guidance] * 3, reference)
-    assert "attend_candidates" in calls
-    assert ("write_reranked" in calls) == ("rewards" in guidance or "reward_model" in guidance) - (
-        "kl_budget" in guidance
-    )
+    by_rewards, budgeted = "rewards" in guidance or "reward_model" in guidance, "kl_budget" in guidance
+    assert launched["_attend"] > 0
+    assert (launched["_rerank"] > 0) == (by_rewards and not budgeted)
+    assert (launched["_blend"] > 0) == (guidance["method"] in ("mixed", "length_control", "kl_threshold"))
 
 
 def test_rows_that_ask_for_other_things_do_not_touch_one_another(

@@ -42,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def runtime(models: Path) -> GuidanceRuntime:
     tokenizer = AutoTokenizer.from_pretrained(models / "base")
-    rewards = {name: str(models / name) for name in ("first", "second")}
+    rewards = {name: str(models / name) for name in ("first", "second", "every")}
     policies = {name: str(models / name) for name in ("expert", "other", "ill")}
     return load_runtime(tokenizer, rewards, policies, cache_bytes=2**22)
 

@@ -10,7 +10,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from steersman.guidance.auxiliary import ModelRefused, Prefix
+from steersman.guidance.auxiliary import Prefix
+from steersman.guidance.checkpoints import ModelRefused
 from steersman.guidance.policies import Policy, load_policy
 from steersman.guidance.readings import Readings
 from steersman.guidance.rows import GuidedRequest, Row

@@ -13,7 +13,7 @@ from steersman.guidance.auxiliary import Prefix
 from steersman.guidance.generate import load_runtime
 from steersman.guidance.reference import ReferenceModels, reference_step
 from steersman.guidance.request import parse_guidance
-from steersman.guidance.rewards import load_reward_model
+from steersman.guidance.reward_loading import load_reward_model
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
 from tests import laws

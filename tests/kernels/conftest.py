@@ -1,6 +1,7 @@
-"""Fresh random input for every test."""
+"""Fresh random input for every test, on the GPU where there is one."""
 
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,3 +15,10 @@ def seed() -> int:
     random.seed(value)
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[torch.device]:
+    """Where tensors are made."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu") as chosen:
+        yield chosen

@@ -179,6 +179,9 @@ BAD = {
     "top_k is huge": _field("guidance.top_k", "less than or equal to", "10000", top_k=10000),
     "top_k is a fraction": _field("guidance.top_k", "valid integer", "2.5", top_k=2.5),
     "top_k is a string": _field("guidance.top_k", "valid integer", "'10'", top_k="10"),
+    "end_token without reading candidates": _field(
+        "guidance.end_token", "every", "leave end_token out", reward_model="every", end_token=True
+    ),
     "end_token is a number": _field("guidance.end_token", "valid boolean", end_token=1),
     "model and terms": _field("guidance", "either reward_model or rewards", rewards=[{"model": "first"}]),
     "neither model nor terms": Bad({"guidance": {"method": "args"}}, "guidance", ("either reward_model or rewards",)),

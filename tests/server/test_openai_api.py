@@ -189,7 +189,7 @@ def test_guidance_tells_what_may_be_asked_for(server: Server) -> None:
     assert set(body["methods"]["pargs"]["properties"]) >= {"method", "reward_model", "rewards", "beta", "top_k"}
     models = {model["name"]: model for model in body["reward_models"]}
     assert {name: (model["kind"], model["window"]) for name, model in models.items()} == {
-        **{"first": ("causal", 512), "second": ("causal", 512), "narrow": ("causal", 64)},
+        **{"first": ("causal", 512), "second": ("causal", 512), "narrow": ("causal", 64), "every": ("vocabulary", 512)},
         **{"broken": ("causal", 512), "text": ("text", 256)},
     }
     policies = {policy["name"]: policy for policy in body["policies"]}

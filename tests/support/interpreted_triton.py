@@ -1,4 +1,4 @@
-"""Imports Triton and our kernels so that they run in Triton's interpreter, in this process alone.
+"""Imports Triton and our kernels so that they run in Triton's interpreter where there is no GPU, in this process alone.
 
 Both are bound to the interpreter, or not, when they are first imported; servers that tests start must not be.
 """
@@ -7,12 +7,15 @@ import importlib
 import os
 import sys
 
+import torch
+
 assert "triton" not in sys.modules, "Triton has been imported, and bound to a compiler, before the tests' own import"
-os.environ["TRITON_INTERPRET"] = "1"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 # The interpreter's launcher imports the first.
 for _name in (
     "triton.experimental.gluon",
     *(f"steersman.kernels.{k}" for k in ("attention", "blend", "rerank", "topk")),
 ):
     importlib.import_module(_name)
-del os.environ["TRITON_INTERPRET"]
+os.environ.pop("TRITON_INTERPRET", None)

@@ -79,7 +79,8 @@ class Oracle:
     def assert_report(
         self, prompt: Sequence[int], guidance: dict[str, Any], response: Sequence[int], report: dict[str, Any]
     ) -> bool:
-        """Rewards within 1e-5 of the candidates' largest; KL, interventions and counts as the reference has them.
+        """Rewards within 1e-5 of the largest of the answer's candidates; KL, interventions and counts as the
+        reference has them.
 
         False, and nothing is compared, where a gate's decision was a near tie or an estimate may have gone the other
         way.
@@ -95,7 +96,7 @@ class Oracle:
         assert abs(report["interventions"] - changed) <= ties
         for name, values in steps[-1].rewards.items():
             expected = float(values[steps[-1].candidates.index(response[-1])])
-            size = max(1.0, float(values.abs().max()))
+            size = max(1.0, *(float(s.rewards[name].abs().max()) for s in steps if name in s.rewards))
             assert abs(report["rewards"][name] - expected) < 1e-5 * size, (name, expected, report)
         return True
 
@@ -128,7 +129,7 @@ def load_oracle(
         ReferenceModels(
             language_model(models / "base"),
             END,
-            {name: causal_rewards(models / name) for name in names},
+            {**{name: causal_rewards(models / name) for name in names}, "every": vocabulary_rewards(models / "every")},
             {name: language_model(models / name) for name in policies},
         )
     )
@@ -156,6 +157,16 @@ def causal_rewards(folder: Path) -> Rewards:
             # The head is read at the last token whatever it is, also where the pad token stands there.
             hidden = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
             return model.score(hidden[:, -1])[:, 0]
+
+    return rewards
+
+
+def vocabulary_rewards(folder: Path) -> Rewards:
+    """Full forwards of a reward model with a vocabulary head: a text's reward is its last token's output before it."""
+    outputs = language_model(folder)
+
+    def rewards(texts: list[list[int]]) -> torch.Tensor:
+        return torch.stack([outputs(text[:-1])[text[-1]] for text in texts])
 
     return rewards
 

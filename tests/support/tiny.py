@@ -64,6 +64,12 @@ def save_reward(folder: Path, seed: int = 1, kind: str = "Llama", **changes: Any
     return _save(AutoModelForSequenceClassification.from_config(config), folder, seed, spread=0.3)
 
 
+def save_vocabulary_reward(folder: Path, seed: int) -> Path:
+    """A reward model whose output for a token is that token's reward."""
+    config = transformers.LlamaConfig(**COMMON, steersman={"kind": "vocabulary"})
+    return _save(AutoModelForCausalLM.from_config(config), folder, seed, spread=0.12)
+
+
 def save_adapter(folder: Path, base: Path, seed: int) -> Path:
     """A LoRA adapter over `base` that changes its distributions by a nat or so."""
     import peft

@@ -1,0 +1,100 @@
+"""Guidance by rewards: the base's k best candidates of every row are scored, and nothing else stays possible."""
+
+from collections.abc import Sequence
+
+import torch
+
+from steersman.guidance.asking import Auxiliaries
+from steersman.guidance.kl_budget import fit_budgets
+from steersman.guidance.plan import Formula
+from steersman.guidance.readings import Readings
+from steersman.guidance.report import CandidateStep
+from steersman.guidance.rows import LastTokens, Steered
+from steersman.guidance.transfer import to_device
+from steersman.guidance.transforms import Combination, build_combination
+from steersman.guidance.vocabulary import blend_readings, find_index
+from steersman.guidance.work import Work
+from steersman.kernels.dispatch import has_kernels, select_candidates, write_reranked
+from steersman.kernels.reference import write_candidates
+
+
+class CandidateSteering:
+    """Scores candidates with a runtime's models; keeps the reward terms of the last batch, which the next one often
+    shares."""
+
+    def __init__(self, models: Auxiliaries, work: Work) -> None:
+        self._models = models
+        self._work = work
+        self._combination: tuple[list[Formula], Combination] | None = None
+
+    def steer(self, logits: torch.Tensor, steered: list[Steered], readings: Readings, last: LastTokens) -> None:
+        """Leaves in each row of `logits` [B, V] its candidates' scores and -inf elsewhere."""
+        formulas = [s.formula for s in steered]
+        with self._work.timing("candidates_seconds"):
+            index = find_index(logits, [s.row.index for s in steered])
+            ids, values, base_logprobs = self._select(logits if index is None else logits[index], formulas)
+        with self._work.timing("rewards_seconds"):
+            rewards = self._models.score([s.row for s in steered], formulas, ids, readings, last)
+        with self._work.timing("writing_seconds"):
+            if any(formula.policies or formula.base != 1.0 for formula in formulas):
+                values = blend_readings(values, steered, readings, ids)
+            combination = self._find_combination(formulas, rewards.device)
+            if has_kernels(logits.device) and all(s.row.request.plan.kl_budget is None for s in steered):
+                every = to_device([s.row.index for s in steered], logits.device)
+                scores = write_reranked(logits, every, ids, values, combination.terms, rewards)
+                self._record(steered, CandidateStep(ids, base_logprobs, scores, rewards), [True] * len(steered))
+                self._fail_where(steered, scores.isnan().any(dim=-1), rewards)
+                return
+            scores = torch.where(values.isneginf(), values, values + combination.combine(rewards))
+            broken = scores.isnan().any(dim=-1) | scores.isposinf().any(dim=-1)
+            self._fail_where(steered, broken, rewards)
+            scores, fits = fit_budgets(steered, scores, base_logprobs)
+            kept = (fits & ~broken).tolist()
+            self._record(steered, CandidateStep(ids, base_logprobs, scores, rewards), kept)
+            if not all(kept):
+                lines = to_device([line for line, good in enumerate(kept) if good], ids.device, torch.long)
+                index = to_device([s.row.index for s in steered], logits.device)[lines]
+                ids, scores = ids[lines], scores[lines]
+            write_candidates(logits, index, ids, scores)
+
+    def _select(
+        self, base: torch.Tensor, formulas: Sequence[Formula]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        k = min(max(formula.top_k for formula in formulas), base.shape[-1])
+        limits = None
+        if any(formula.top_k < k for formula in formulas):
+            limits = to_device([[formula.top_k] for formula in formulas], base.device)
+        ids, values, base_logprobs = select_candidates(base, k, limits)
+        known = [
+            self._models.readers[term.model]
+            for f in formulas
+            for term in f.rewards
+            if term.model in self._models.readers
+        ]
+        narrowest = min((model.vocabulary for model in known), default=base.shape[-1])
+        if narrowest < base.shape[-1]:
+            # A vocabulary that is padded for speed has entries that no reward model knows.
+            values = values.masked_fill(ids >= narrowest, -torch.inf)
+        return ids, values, base_logprobs
+
+    def _find_combination(self, formulas: list[Formula], device: torch.device) -> Combination:
+        if self._combination is None or self._combination[0] != formulas:
+            self._combination = (formulas, build_combination(formulas, device))
+        return self._combination[1]
+
+    def _record(self, steered: Sequence[Steered], step: CandidateStep, kept: Sequence[bool]) -> None:
+        for line, (s, good) in enumerate(zip(steered, kept, strict=True)):
+            if good:
+                s.record(step, line)
+
+    def _fail_where(self, steered: Sequence[Steered], broken: torch.Tensor, rewards: torch.Tensor) -> None:
+        def explain(line: int) -> str:
+            terms = steered[line].formula.rewards
+            names = [term.model for term, values in zip(terms, rewards[line], strict=False) if not _finite(values)]
+            return f"reward model {', '.join(map(repr, names))} returned a reward that is not a finite number"
+
+        self._models.fail_where([s.row for s in steered], broken, explain)
+
+
+def _finite(values: torch.Tensor) -> bool:
+    return bool(values.isfinite().all())

@@ -1,0 +1,74 @@
+"""What an auxiliary model's checkpoint and architecture must be like, and the refusal of those that are not."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class ModelRefused(ValueError):
+    """An auxiliary model that would not be served correctly; the message says why and what would help."""
+
+
+def find_head(model: torch.nn.Module) -> torch.nn.Module:
+    """The module that maps hidden states to outputs: the only child beside the body that is not dropout."""
+    heads = [
+        (name, child)
+        for name, child in model.named_children()
+        if child is not model.base_model and not isinstance(child, torch.nn.Dropout)
+    ]
+    if len(heads) != 1:
+        names = ", ".join(name for name, _ in heads) or "none"
+        raise ModelRefused(f"{type(model).__name__} has not one output head beside its body but: {names}")
+    return heads[0][1]
+
+
+def find_language_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The output layer and what some architectures do to logits after it."""
+    layer = find_head(model)
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        logits = layer(hidden)
+        if scale != 1.0:
+            logits = logits * scale
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return head
+
+
+def find_window(config: Any) -> int:
+    """Longest sequence the model was made for, in tokens."""
+    text = config.get_text_config()
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx")]
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=2**31)
+
+
+def require_safetensors(path: str | Path, label: str, config: str = "config.json") -> None:
+    """Refuses a local checkpoint folder that has no safetensors file."""
+    folder = Path(path)
+    if not folder.exists():
+        if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
+            raise ModelRefused(f"{label}: {path} does not exist")
+        return
+    if not folder.is_dir() or not (folder / config).is_file():
+        raise ModelRefused(f"{label}: {path} is not a checkpoint folder ({config} is missing)")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelRefused(
+            f"{label}: {path} holds no *.safetensors file; other formats can run code when they are "
+            "loaded. Save it again with save_pretrained(safe_serialization=True)"
+        )
+
+
+def first_line(error: Exception) -> str:
+    """The start of an error's message, for a sentence of ours."""
+    return str(error).strip().split("\n")[0][:300]
+
+
+def training_facts(config: Any) -> dict[str, Any]:
+    """What steersman's trainers wrote into a checkpoint's config that users are shown."""
+    objective = (getattr(config, "steersman", None) or {}).get("objective")
+    return {} if objective is None else {"objective": objective}

@@ -1,0 +1,142 @@
+"""Loading reward models, and refusing what would not be served correctly."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from steersman.guidance.checkpoints import ModelRefused, first_line, require_safetensors
+from steersman.guidance.rewards import CausalReward, RewardModel, VocabularyReward
+from steersman.guidance.text_reward import TextReward
+from steersman.guidance.tokenizers import same_tokenizer, size_of
+
+logger = logging.getLogger(__name__)
+
+
+def load_reward_model(
+    name: str,
+    path: str,
+    base_tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    cache_bytes: int = 256 * 2**20,
+    max_rows: int = 64,
+    trust_remote_code: bool = False,
+) -> RewardModel:
+    """Loads a checkpoint from a folder or the hub and picks its path: over a cache when it is causal and shares the
+    base's tokenizer, with a vocabulary head when it says that it has one, else from text.
+
+    max_rows: rows that one forward is laid out for; more are scored in several.
+
+    Raises ModelRefused with the reason and the way out. Only safetensors are read.
+    """
+    config, tokenizer, kind = inspect_checkpoint(name, path, base_tokenizer, trust_remote_code)
+    family = AutoModelForCausalLM if kind == VocabularyReward.kind else AutoModelForSequenceClassification
+    try:
+        model, report = family.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelRefused(f"reward model {name!r}: {path} cannot be loaded: {first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelRefused(f"reward model {name!r}: {path} lacks the weights {', '.join(missing[:3])}")
+    model = model.to(device)
+    if kind == CausalReward.kind:
+        return CausalReward(model, name, cache_bytes, max_rows)
+    if kind == VocabularyReward.kind:
+        return VocabularyReward(model, name, cache_bytes, max_rows)
+    logger.warning(
+        "reward model %r (%s) does not share the base model's tokenizer or is not causal: it is scored from text, "
+        "which reads the whole answer again for every candidate and is much slower",
+        name,
+        config.model_type,
+    )
+    return TextReward(model, name, tokenizer, decode=_text_decoder(base_tokenizer))
+
+
+def inspect_checkpoint(
+    name: str, path: str, base_tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
+) -> tuple[Any, PreTrainedTokenizerBase, str]:
+    """Everything that can be said of a checkpoint without its weights: config, tokenizer, kind of reward model.
+
+    Raises ModelRefused for what cannot be served.
+    """
+    require_safetensors(path, f"reward model {name!r}")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelRefused(f"reward model {name!r}: {path} cannot be read: {first_line(error)}") from error
+    kind = declared_kind(config)
+    if kind == VocabularyReward.kind:
+        _require_vocabulary_head(name, path, config, base_tokenizer)
+    else:
+        _require_reward_head(name, path, config)
+    shared = same_tokenizer(tokenizer, base_tokenizer)
+    if kind in ("reward", VocabularyReward.kind) and not shared:
+        raise ModelRefused(
+            f"reward model {name!r}: {path} was trained on another tokenizer than the base model's "
+            f"({size_of(tokenizer)} against {size_of(base_tokenizer)} tokens); train it from a checkpoint that has it"
+        )
+    if kind == VocabularyReward.kind:
+        return config, tokenizer, kind
+    return config, tokenizer, CausalReward.kind if shared and _is_causal(config) else TextReward.kind
+
+
+def declared_kind(config: Any) -> str | None:
+    """The kind that steersman's trainers write into a checkpoint's config, if it is one of theirs."""
+    return (getattr(config, "steersman", None) or {}).get("kind")
+
+
+def _require_reward_head(name: str, path: str | Path, config: Any) -> None:
+    architectures = getattr(config, "architectures", None) or []
+    if not any("SequenceClassification" in architecture for architecture in architectures):
+        raise ModelRefused(
+            f"reward model {name!r}: {path} is a {', '.join(architectures) or 'model without an architecture'}, not a "
+            "sequence classifier; a reward model has one score for a text (…ForSequenceClassification)"
+        )
+    if config.num_labels != 1:
+        raise ModelRefused(f"reward model {name!r}: {path} has {config.num_labels} outputs; a reward model has one")
+
+
+def _require_vocabulary_head(name: str, path: str | Path, config: Any, base_tokenizer: PreTrainedTokenizerBase) -> None:
+    architectures = getattr(config, "architectures", None) or []
+    if not any(architecture.endswith("ForCausalLM") for architecture in architectures) or not _is_causal(config):
+        raise ModelRefused(
+            f"reward model {name!r}: {path} says that it has a vocabulary head but is a "
+            f"{', '.join(architectures) or 'model without an architecture'}; it needs one output a token (…ForCausalLM)"
+        )
+    if config.get_text_config().vocab_size < len(base_tokenizer):
+        raise ModelRefused(
+            f"reward model {name!r}: {path} has {config.get_text_config().vocab_size} outputs, the base model's "
+            f"tokenizer {len(base_tokenizer)} tokens; a vocabulary head needs an output for each"
+        )
+
+
+def _is_causal(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    encoders = {"bert", "roberta", "xlm-roberta", "electra", "camembert", "bert-generation", "roformer", "rembert"}
+    bidirectional = config.model_type in encoders or getattr(config, "is_encoder_decoder", False)
+    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not bidirectional
+
+
+def _text_decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
+    def decode(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    return decode

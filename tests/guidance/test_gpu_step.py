@@ -1,0 +1,238 @@
+"""What a step on a GPU promises: the host never waits, failures are learned late and hurt nobody, and what runs beside
+the base's forward is joined before it is used. Acted out on the CPU, kernels in Triton's interpreter."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steersman.guidance.reference import ReferenceModels, reference_step
+from steersman.guidance.request import parse_guidance
+from steersman.guidance.rows import Row
+from steersman.guidance.runtime import GuidanceRuntime
+from steersman.guidance.transfer import LateReads
+from tests.support.device import LateSide, SlowCopy, forbid_host_reads
+from tests.support.gpu_runtime import acting_as_gpu, load_gpu_runtime
+from tests.support.oracle import causal_rewards, language_model, plan_of, vocabulary_rewards
+from tests.support.tiny import VOCABULARY
+from tests.support.traffic import random_prompts
+
+UNWAITED: dict[str, dict[str, Any]] = {
+    "rewards": {"method": "pargs", "reward_model": "first", "beta": 1.4, "top_k": 6},
+    "a vocabulary head": {"method": "pargs", "reward_model": "every", "beta": 1.1, "top_k": 7},
+    "two rewards": {"method": "pargs", "rewards": [{"model": "first"}, {"model": "every"}], "top_k": 5},
+    "rewards over a mixture": {
+        "method": "pargs", "reward_model": "first", "policies": {"base": 0.4, "expert": 0.6}, "top_k": 3,
+    },
+    "on the first tokens": {"method": "pargs", "reward_model": "first", "gate": {"first_tokens": 9}},
+    "mixed": {"method": "mixed", "policy": "expert", "mix": 0.6},
+    "a threshold": {"method": "kl_threshold", "policy": "expert", "threshold": 0.9, "mix": 0.3},
+    "an estimated threshold": {
+        "method": "kl_threshold", "policy": "expert", "threshold": 0.9, "estimator": "monte_carlo", "samples": 64,
+    },
+    "a product": {"method": "product", "policies": {"base": 0.7, "expert": 0.9, "other": -0.4}},
+}  # fmt: skip
+AHEAD = {name: UNWAITED[name] for name in ("a vocabulary head", "mixed", "a threshold", "a product")}
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def models_on_gpu(models: Path) -> Iterator[GuidanceRuntime]:
+    with acting_as_gpu():
+        yield load_gpu_runtime(models)
+
+
+@pytest.fixture
+def side() -> LateSide:
+    return LateSide()
+
+
+@pytest.fixture
+def runtime(models_on_gpu: GuidanceRuntime, side: LateSide) -> GuidanceRuntime:
+    """Whose results arrive late, and whose second stream runs as late as it may."""
+    SlowCopy.arrived = False
+    late = LateReads(SlowCopy)
+    return GuidanceRuntime(models_on_gpu.reward_models, 1, models_on_gpu.policies, side, late)
+
+
+class Decoding:
+    """Answers that grow by tokens which the device alone knows."""
+
+    def __init__(self, runtime: GuidanceRuntime, rng: random.Random, guidances: list[dict[str, Any]]) -> None:
+        self.runtime = runtime
+        self.rng = rng
+        self.prompts = random_prompts(rng, len(guidances), shortest=14, longest=40)
+        self.outputs: list[list[int]] = [[] for _ in guidances]
+        """What the host knows: -1 for every token."""
+        self.tokens: list[list[int]] = [[] for _ in guidances]
+        self.requests = [
+            runtime.start(("decoding", n), plan_of(guidance), len(self.prompts[n]))
+            for n, guidance in enumerate(guidances)
+        ]
+        self.logits = torch.empty(0)
+
+    def text(self, n: int) -> list[int]:
+        return [*self.prompts[n], *self.tokens[n]]
+
+    def rows(self) -> list[Row]:
+        return [Row(n, r, self.prompts[n], self.outputs[n]) for n, r in enumerate(self.requests)]
+
+    def last(self) -> torch.Tensor:
+        return torch.tensor([self.text(n)[-1] for n in range(len(self.requests))])
+
+    def step(self) -> torch.Tensor:
+        """Guides fresh logits of the base, kept in `logits`."""
+        self.logits = 2 * torch.randn(len(self.requests), VOCABULARY)
+        guided, rows, last = self.logits.clone(), self.rows(), self.last()
+        self.runtime.step(guided, rows, last)
+        return guided
+
+    def advance(self) -> None:
+        """Every answer grows by a token."""
+        for n, output in enumerate(self.outputs):
+            output.append(-1)
+            self.tokens[n].append(self.rng.randrange(2, VOCABULARY - 8))
+
+    def finish(self) -> list[Any]:
+        return [self.runtime.finish(r.key, self.tokens[n]) for n, r in enumerate(self.requests)]
+
+
+@pytest.mark.parametrize("guidance", UNWAITED.values(), ids=list(UNWAITED))
+def test_the_host_asks_the_device_for_nothing(
+    runtime: GuidanceRuntime, rng: random.Random, guidance: dict[str, Any]
+) -> None:
+    decoding = Decoding(runtime, rng, [guidance, UNWAITED["mixed"], UNWAITED["rewards"]])
+    decoding.step()
+    for _ in range(STEPS):
+        decoding.advance()
+        rows, last = decoding.rows(), decoding.last()
+        logits = 2 * torch.randn(len(rows), VOCABULARY)
+        before = logits.clone()
+        with forbid_host_reads():
+            runtime.step(logits, rows, last)
+        assert not torch.equal(logits, before)
+    reports = decoding.finish()
+    assert all(report.error is None and report.tokens == STEPS for report in reports)
+
+
+def test_a_read_in_a_step_would_be_noticed(runtime: GuidanceRuntime, rng: random.Random) -> None:
+    decoding = Decoding(runtime, rng, [{**UNWAITED["rewards"], "gate": {"entropy_above": 0.1}}])
+    decoding.step()
+    decoding.advance()
+    rows, last = decoding.rows(), decoding.last()
+    with pytest.raises(AssertionError, match="the host asks"), forbid_host_reads():
+        runtime.step(2 * torch.randn(1, VOCABULARY), rows, last)
+    decoding.finish()
+
+
+def test_a_failure_is_learned_late_and_until_then_the_base_decodes(
+    runtime: GuidanceRuntime, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding = Decoding(runtime, rng, [UNWAITED["rewards"], UNWAITED["rewards"]])
+    model = runtime.reward_models["first"]
+    _spoil(model, monkeypatch, row=0)
+    guided = decoding.step()
+    assert decoding.requests[0].error is None
+    assert torch.equal(guided[0], decoding.logits[0])
+    assert not torch.equal(guided[1], decoding.logits[1])
+    SlowCopy.arrived = True
+    monkeypatch.undo()
+    decoding.advance()
+    guided = decoding.step()
+    assert "not a finite number" in str(decoding.requests[0].error)
+    assert guided[0].argmax() == 1
+    assert torch.isneginf(guided[0]).sum() == VOCABULARY - 1
+    assert decoding.requests[1].error is None
+    assert [report.error is None for report in decoding.finish()] == [False, True]
+
+
+def _spoil(model: Any, monkeypatch: pytest.MonkeyPatch, row: int) -> None:
+    score: Callable[..., Any] = model.score
+
+    def spoiled(*arguments: Any) -> Any:
+        rewards, read = score(*arguments)
+        rewards[row, 0] = torch.nan
+        return rewards, read
+
+    monkeypatch.setattr(model, "score", spoiled)
+
+
+@pytest.mark.parametrize("guidance", AHEAD.values(), ids=list(AHEAD))
+def test_what_is_read_ahead_is_joined_before_it_is_used(
+    runtime: GuidanceRuntime, side: LateSide, models: Path, rng: random.Random, guidance: dict[str, Any]
+) -> None:
+    _assert_steps_equal_reference(runtime, side, models, rng, guidance)
+
+
+@pytest.mark.parametrize("guidance", AHEAD.values(), ids=list(AHEAD))
+def test_without_the_join_the_distribution_is_wrong(
+    runtime: GuidanceRuntime, side: LateSide, models: Path, rng: random.Random, guidance: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(side, "join", lambda: None)
+    with pytest.raises(AssertionError, match="differs from the reference"):
+        _assert_steps_equal_reference(runtime, side, models, rng, guidance)
+
+
+def _assert_steps_equal_reference(
+    runtime: GuidanceRuntime, side: LateSide, models: Path, rng: random.Random, guidance: dict[str, Any]
+) -> None:
+    rewards = {"first": causal_rewards(models / "first"), "every": vocabulary_rewards(models / "every")}
+    policies = {name: language_model(models / name) for name in ("expert", "other")}
+    decoding = Decoding(runtime, rng, [guidance] * 3)
+    decoding.step()
+    try:
+        for count in range(1, STEPS):
+            decoding.advance()
+            last = decoding.last()
+            runtime.read_ahead(decoding.rows(), last.clone)
+            assert side.forks == count
+            guided = decoding.step()
+            for n, row in enumerate(guided):
+                sources = ReferenceModels(lambda _, n=n: decoding.logits[n], 1, rewards, policies)  # type: ignore[misc]
+                expected = reference_step(decoding.text(n), parse_guidance(guidance), sources, count)  # type: ignore[arg-type]
+                error = (row.double().softmax(-1) - expected.logprobs.exp()).abs().max()
+                assert error < 1e-4, f"row {n} differs from the reference by {error}"
+    finally:
+        decoding.finish()
+
+
+def test_what_was_read_ahead_is_read_once(
+    runtime: GuidanceRuntime, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding = Decoding(runtime, rng, [UNWAITED["mixed"], UNWAITED["a vocabulary head"]])
+    decoding.step()
+    decoding.advance()
+    runtime.read_ahead(decoding.rows(), decoding.last)
+    for model in (runtime.policies["expert"], runtime.reward_models["every"]):
+        monkeypatch.setattr(model, "read", _never)
+    decoding.step()
+    prompts = [len(prompt) for prompt in decoding.prompts]
+    reports = decoding.finish()
+    assert [r.policy_tokens for r in reports] == [prompts[0] + 1, 0]
+    assert [r.reward_model_tokens for r in reports] == [0, prompts[1] + 1]
+
+
+def test_a_row_that_went_on_otherwise_is_read_again(
+    runtime: GuidanceRuntime, side: LateSide, models: Path, rng: random.Random
+) -> None:
+    """A request may be preempted between the two; what it had said by then comes back with it."""
+    decoding = Decoding(runtime, rng, [UNWAITED["mixed"]])
+    decoding.step()
+    decoding.advance()
+    runtime.read_ahead(decoding.rows(), decoding.last)
+    decoding.outputs[0][:] = decoding.tokens[0]
+    decoding.advance()
+    guided = decoding.step()
+    policies = {"expert": language_model(models / "expert")}
+    sources = ReferenceModels(lambda _: decoding.logits[0], 1, {}, policies)
+    expected = reference_step(decoding.text(0), parse_guidance(UNWAITED["mixed"]), sources, 2)  # type: ignore[arg-type]
+    assert (guided[0].double().softmax(-1) - expected.logprobs.exp()).abs().max() < 1e-4
+    decoding.finish()
+
+
+def _never(*_: Any) -> Any:
+    raise AssertionError("the model is asked a second time")
