@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from steersman.guidance.plan import Formula, Transform
+from steersman.guidance.transfer import to_device
 from steersman.kernels.arguments import RewardTerms
 
 
@@ -46,13 +47,13 @@ class Combination:
         return values.sum(dim=1)
 
 
-def build_combination(formulas: Sequence[Formula], device: torch.device | str) -> Combination:
+def build_combination(formulas: Sequence[Formula], device: torch.device) -> Combination:
     """Stacks the formulas' terms. Shapes [len(formulas), most terms, 1]."""
     most = max(len(formula.rewards) for formula in formulas)
 
     def stack(values: Sequence[Sequence[float]], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         padded = [[*row, *[0] * (most - len(row))] for row in values]
-        return torch.tensor(padded, dtype=dtype, device=device).unsqueeze(-1)
+        return to_device(padded, device, dtype).unsqueeze(-1)
 
     terms = [formula.rewards for formula in formulas]
     is_log_sigmoid = [[term.transform is Transform.LOG_SIGMOID for term in row] for row in terms]

@@ -112,6 +112,8 @@ def test_the_host_asks_the_device_for_nothing(
         logits = 2 * torch.randn(len(rows), VOCABULARY)
         before = logits.clone()
         with forbid_host_reads():
+            # Another batch than the step before's, then the whole one.
+            runtime.step(logits, rows[:2], last)
             runtime.step(logits, rows, last)
         assert not torch.equal(logits, before)
     reports = decoding.finish()

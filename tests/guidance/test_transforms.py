@@ -47,7 +47,7 @@ def test_rows_with_different_terms_share_one_batch(most: int) -> None:
     rewards = torch.full((20, terms, 5), torch.nan)
     for n, guidance in enumerate(guidances):
         rewards[n, : len(guidance["rewards"])] = torch.randn(len(guidance["rewards"]), 5)
-    combined = build_combination([plan_of(g).formula for g in guidances], "cpu").combine(rewards)
+    combined = build_combination([plan_of(g).formula for g in guidances], torch.device("cpu")).combine(rewards)
     expected = [[_by_hand(g, rewards[n, :, v].tolist()) for v in range(5)] for n, g in enumerate(guidances)]
     torch.testing.assert_close(combined, torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
@@ -56,5 +56,5 @@ def test_a_reward_that_is_not_a_number_is_not_hidden() -> None:
     plan = plan_of({"method": "pargs", "rewards": [{"model": "a"}, {"model": "b", "transform": "log_sigmoid"}]})
     rewards = torch.randn(1, 2, 3)
     rewards[0, 1, 2] = torch.nan
-    combined = build_combination([plan.formula], "cpu").combine(rewards)
+    combined = build_combination([plan.formula], torch.device("cpu")).combine(rewards)
     assert combined.isnan().tolist() == [[False, False, True]]

@@ -4,6 +4,7 @@ stream that runs as late as it may, results that arrive late, and a host that mu
 Torch's operations are seen by a dispatch mode, Triton's kernels where they are launched.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -165,8 +166,18 @@ def forbid_host_reads() -> Iterator[None]:
                 run(self)
 
         patch.setattr(Launch, "run", launch)
+        patch.setattr(torch, "tensor", _tensor_of_transfer)
         with _NoReads():
             yield
+
+
+_TENSOR = torch.tensor
+
+
+def _tensor_of_transfer(*arguments: Any, **options: Any) -> torch.Tensor:
+    """Only `to_device` hands numbers to a GPU without waiting for it."""
+    assert sys._getframe(1).f_globals["__name__"] == transfer.__name__, "numbers go to the device by to_device()"
+    return _TENSOR(*arguments, **options)
 
 
 _ORIGINALS = {name: getattr(torch.Tensor, name) for name in _READS}
