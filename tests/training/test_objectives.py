@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from steersman.training.objectives import bradley_terry
+from steersman.training.objectives import bradley_terry, distillation, regression
 
 
 def reference(chosen: list[float], rejected: list[float], mask: list[bool]) -> float:
@@ -60,3 +60,61 @@ def test_gradient() -> None:
     scores = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(3, 4) < 0.6
     assert torch.autograd.gradcheck(lambda scores: bradley_terry(*scores, mask), scores)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    seed = int(torch.randint(2**31, ()))
+    print("seed", seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def test_strength_and_label_smoothing_equal_the_formula(generator: torch.Generator) -> None:
+    chosen, rejected = 3 * torch.randn(2, 7, generator=generator, dtype=torch.float64)
+    strength = 1 + 3 * torch.rand(7, generator=generator, dtype=torch.float64)
+    mask = torch.tensor([True] * 5 + [False] * 2)
+    expected = 0.0
+    for c, r, m in list(zip(chosen.tolist(), rejected.tolist(), strength.tolist(), strict=True))[:5]:
+        right = 1 / (1 + math.exp(r - c))
+        expected -= m * (0.9 * math.log(right) + 0.1 * math.log(1 - right)) / 5
+    found = bradley_terry(chosen, rejected, mask, strength=strength, label_smoothing=0.1)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_with_labels_that_are_half_wrong_nothing_is_learned(generator: torch.Generator) -> None:
+    scores = torch.randn(2, 4, generator=generator, requires_grad=True)
+    loss = bradley_terry(*scores, label_smoothing=0.5)
+    assert loss.item() >= math.log(2)
+    tied = torch.zeros(2, 4, requires_grad=True)
+    bradley_terry(*tied, label_smoothing=0.5).backward()
+    assert torch.all(tied.grad == 0)
+
+
+def test_regression_equals_the_formula(generator: torch.Generator) -> None:
+    scores, ratings = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
+    mask = torch.rand(3, 5, generator=generator) < 0.6
+    mask[0, 0] = True
+    kept = [(s, r) for s, r, m in zip(*(t.flatten().tolist() for t in (scores, ratings, mask)), strict=True) if m]
+    assert regression(scores, ratings, mask).item() == pytest.approx(sum((s - r) ** 2 for s, r in kept) / len(kept))
+
+
+def test_distillation_equals_the_formula_and_ignores_a_constant(generator: torch.Generator) -> None:
+    scores, taught = torch.randn(2, 4, 6, generator=generator, dtype=torch.float64)
+    mask = torch.tensor([True, False, True, True])
+    expected = 0.0
+    for row in (0, 2, 3):
+        own, other = scores[row].tolist(), taught[row].tolist()
+        own_mean, other_mean = sum(own) / 6, sum(other) / 6
+        expected += sum(((a - own_mean) - (b - other_mean)) ** 2 for a, b in zip(own, other, strict=True)) / 18
+    assert distillation(scores, taught, mask).item() == pytest.approx(expected, rel=1e-12)
+    shifted = taught + torch.randn(4, 1, generator=generator, dtype=torch.float64)
+    assert distillation(scores, shifted, mask).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_gradients_of_the_others(generator: torch.Generator) -> None:
+    scores = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    strength = 1 + torch.rand(3, 4, generator=generator, dtype=torch.float64)
+    other = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda s: bradley_terry(*s, strength=strength, label_smoothing=0.2), scores)
+    assert torch.autograd.gradcheck(lambda s: regression(s[0], other), scores)
+    assert torch.autograd.gradcheck(lambda s: distillation(s[0], other), scores)
