@@ -11,19 +11,6 @@ from steersman.training.data import TokenizedPreference
 from steersman.training.prefixes import SHARES, cut, tokens_at
 
 
-def accuracy_by_share(
-    model: PreTrainedModel, rows: Sequence[TokenizedPreference], shares: Sequence[float] = SHARES
-) -> dict[str, float]:
-    """Of a reward model: share of the longer response → accuracy, as `accuracy_of` measures it."""
-
-    def at_cuts(cuts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        chosen = score(model, [row.prompt + cut(row.chosen, i) for row, i in zip(rows, cuts, strict=True)])
-        rejected = score(model, [row.prompt + cut(row.rejected, i) for row, i in zip(rows, cuts, strict=True)])
-        return chosen, rejected
-
-    return accuracy_of(at_cuts, rows, shares)
-
-
 def accuracy_of(
     at_cuts: Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor]],
     rows: Sequence[TokenizedPreference],
@@ -44,9 +31,31 @@ def accuracy_of(
     return accuracy
 
 
+def score_ends(model: PreTrainedModel, sequences: Sequence[Sequence[int]], batch: int = 64) -> torch.Tensor:
+    """Of a classifier: the score of each sequence of token ids, [N] float32, on the CPU."""
+    return _by_length(model, sequences, batch, lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits[:, 0])
+
+
+def score_last_tokens(model: PreTrainedModel, sequences: Sequence[Sequence[int]], batch: int = 64) -> torch.Tensor:
+    """Of a vocabulary head: each sequence's last token's output before it, [N] float32, on the CPU."""
+
+    def outputs(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        last = mask.sum(dim=1, keepdim=True) - 1
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        before = logits[torch.arange(len(ids), device=ids.device), last[:, 0] - 1]
+        return before.gather(1, ids.gather(1, last))[:, 0]
+
+    return _by_length(model, sequences, batch, outputs)
+
+
 @torch.inference_mode()
-def score(model: PreTrainedModel, sequences: Sequence[Sequence[int]], batch: int = 64) -> torch.Tensor:
-    """The score of each sequence of token ids: [N] float32, on the CPU. Sequences of like length share a batch."""
+def _by_length(
+    model: PreTrainedModel,
+    sequences: Sequence[Sequence[int]],
+    batch: int,
+    outputs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """`outputs` of padded ids and masks [B, T], [B] each; sequences of like length share a batch."""
     was_training = model.training
     model.eval()
     pad = model.config.get_text_config().pad_token_id
@@ -57,7 +66,23 @@ def score(model: PreTrainedModel, sequences: Sequence[Sequence[int]], batch: int
         length = len(sequences[rows[-1]])
         ids = torch.tensor([[*sequences[i], *[pad] * (length - len(sequences[i]))] for i in rows])
         mask = torch.tensor([[1] * len(sequences[i]) + [0] * (length - len(sequences[i])) for i in rows])
-        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
-        scores[torch.tensor(rows)] = logits[:, 0].float().cpu()
+        scores[torch.tensor(rows)] = outputs(ids.to(model.device), mask.to(model.device)).float().cpu()
     model.train(was_training)
     return scores
+
+
+def accuracy_by_share(
+    model: PreTrainedModel,
+    rows: Sequence[TokenizedPreference],
+    score: Callable[[PreTrainedModel, Sequence[Sequence[int]]], torch.Tensor] = score_ends,
+    shares: Sequence[float] = SHARES,
+) -> dict[str, float]:
+    """Of a reward model: share of the longer response → accuracy, as `accuracy_of` measures it; `score` reads it, by
+    default as a classifier."""
+
+    def at_cuts(cuts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = score(model, [row.prompt + cut(row.chosen, i) for row, i in zip(rows, cuts, strict=True)])
+        rejected = score(model, [row.prompt + cut(row.rejected, i) for row, i in zip(rows, cuts, strict=True)])
+        return chosen, rejected
+
+    return accuracy_of(at_cuts, rows, shares)

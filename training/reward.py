@@ -1,4 +1,4 @@
-"""`steersman train reward`: Bradley-Terry reward models on whole responses or, for PARGS, on their prefixes."""
+"""`steersman train reward`: reward models on whole responses, their beginnings or, for PARGS, their prefixes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.trainer_utils import set_seed
 from trl.trainer.reward_config import RewardConfig
-from trl.trainer.reward_trainer import RewardTrainer, suppress_seqcls_warning
+from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-from steersman.training.accuracy import accuracy_by_share
+from steersman.training.accuracy import accuracy_by_share, score_ends, score_last_tokens
 from steersman.training.checkpoints import round_weights, save_checkpoint, write_reward_card
 from steersman.training.configuration import ConfigError, load, run
 from steersman.training.data import TokenizedPreference, load_preferences
-from steersman.training.prefixes import cut, draw_cuts, draw_subset
-from steersman.training.reward_trainer import PrefixCollator, PrefixRewardTrainer
+from steersman.training.prefixes import cut, draw_cuts, draw_subset, tokens_at
+from steersman.training.reward_trainer import (
+    PairRewardTrainer,
+    PrefixCollator,
+    PrefixRewardTrainer,
+    VocabularyRewardTrainer,
+)
 
 
 @dataclass
@@ -31,8 +42,22 @@ class RewardArguments:
     validation_file: str | None = field(
         default=None, metadata={"help": "Rows of the same form; accuracy by prefix length is measured on them."}
     )
-    objective: Literal["partial", "full"] = field(
-        default="partial", metadata={"help": "partial: PARGS's equation 4, on prefixes. full: on whole responses."}
+    objective: Literal["partial", "full", "truncated", "vocabulary"] = field(
+        default="partial",
+        metadata={
+            "help": "partial: PARGS's equation 4, on prefixes. full: on whole responses. truncated: on the beginnings "
+            "of responses. vocabulary: partial, with one output for every next token, from a causal language model."
+        },
+    )
+    keep: float = field(
+        default=0.5,
+        metadata={
+            "help": "With objective=truncated, what is kept of each response from its start: up to 1 a share of its "
+            "tokens, above 1 a number of tokens."
+        },
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Share of labels that are taken to be wrong: from 0 to below 0.5."}
     )
     prefixes: Literal["subset", "causal"] = field(
         default="subset",
@@ -55,10 +80,9 @@ def main(argv: Sequence[str]) -> int:
 
 def train_reward(arguments: RewardArguments, config: RewardConfig) -> dict[str, Any]:
     """Trains, measures and saves a reward model; returns the facts that its config.json carries."""
-    if arguments.subset_ratio <= 0 or arguments.prefixes_per_pair < 1:
-        raise ConfigError("subset_ratio is above 0 and prefixes_per_pair at least 1")
+    _check(arguments)
     set_seed(config.seed)
-    model, tokenizer = _load(arguments.model)
+    model, tokenizer = (_load_vocabulary if arguments.objective == "vocabulary" else _load)(arguments.model)
     window = config.max_length or tokenizer.model_max_length
     rows = load_preferences(arguments.train_file, tokenizer, window)
     held_out = load_preferences(arguments.validation_file, tokenizer, window) if arguments.validation_file else []
@@ -67,7 +91,8 @@ def train_reward(arguments: RewardArguments, config: RewardConfig) -> dict[str, 
     round_weights(model, arguments.store)
     facts = _facts(arguments, config, len(rows))
     if held_out:
-        facts |= {"accuracy": accuracy_by_share(model, held_out), "validation_pairs": len(held_out)}
+        score = score_last_tokens if arguments.objective == "vocabulary" else score_ends
+        facts |= {"accuracy": accuracy_by_share(model, held_out, score), "validation_pairs": len(held_out)}
     if trainer.is_world_process_zero():
         save_checkpoint(model, tokenizer, config.output_dir, facts, store=arguments.store)
         write_reward_card(config.output_dir, Path(config.output_dir).name, facts)
@@ -111,16 +136,49 @@ def _trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TokenizedPreference],
-) -> RewardTrainer:
-    if arguments.objective == "partial" and arguments.prefixes == "causal":
-        if not hasattr(model, "score"):
+) -> PairRewardTrainer:
+    made: PairRewardTrainer
+    if arguments.objective == "vocabulary" or (arguments.objective == "partial" and arguments.prefixes == "causal"):
+        trainer = VocabularyRewardTrainer if arguments.objective == "vocabulary" else PrefixRewardTrainer
+        if trainer is PrefixRewardTrainer and not hasattr(model, "score"):
             raise ConfigError(f"prefixes: causal needs a causal model, {arguments.model} is not: use subset")
         dataset = causal_rows(rows, arguments.prefixes_per_pair, config.seed)
-        collator = PrefixCollator(tokenizer.pad_token_id)
-        return PrefixRewardTrainer(model, config, collator, dataset, processing_class=tokenizer)
-    partial = arguments.objective == "partial"
-    dataset = subset_rows(rows, arguments.subset_ratio, config.seed) if partial else whole_rows(rows)
-    return RewardTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
+        made = trainer(model, config, PrefixCollator(tokenizer.pad_token_id), dataset, processing_class=tokenizer)
+    else:
+        dataset = _pair_rows(arguments, rows, config.seed)
+        made = PairRewardTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
+    made.label_smoothing = arguments.label_smoothing
+    return made
+
+
+def _pair_rows(arguments: RewardArguments, rows: Sequence[TokenizedPreference], seed: int) -> Dataset:
+    if arguments.objective == "partial":
+        return subset_rows(rows, arguments.subset_ratio, seed)
+    return whole_rows(truncate(rows, arguments.keep) if arguments.objective == "truncated" else rows)
+
+
+def truncate(rows: Sequence[TokenizedPreference], keep: float) -> list[TokenizedPreference]:
+    """The beginnings of all responses (Shallow Preference Signals): up to 1 a share of each one's own tokens, at least
+    one of them, above 1 a number of tokens. A cut is given no end token."""
+
+    def begin(response: list[int]) -> list[int]:
+        return cut(response, tokens_at(keep, len(response)) if keep <= 1 else int(keep))
+
+    return [TokenizedPreference(row.prompt, begin(row.chosen), begin(row.rejected)) for row in rows]
+
+
+def _check(arguments: RewardArguments) -> None:
+    if arguments.subset_ratio <= 0 or arguments.prefixes_per_pair < 1:
+        raise ConfigError("subset_ratio is above 0 and prefixes_per_pair at least 1")
+    if arguments.keep <= 0 or (arguments.keep > 1 and arguments.keep != int(arguments.keep)):
+        raise ConfigError(
+            f"keep is a share above 0 and at most 1, or a whole number of tokens above 1, not {arguments.keep:g}"
+        )
+    if not 0 <= arguments.label_smoothing < 0.5:
+        raise ConfigError(
+            f"label_smoothing is from 0 to below 0.5, not {arguments.label_smoothing:g}: of labels that are wrong half "
+            "of the time nothing can be learned"
+        )
 
 
 def _load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -133,9 +191,19 @@ def _load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
+def _load_vocabulary(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model, in float32, whose head is its own and begins with no opinion: rewards are no logits."""
+    model, tokenizer = load(path, AutoModelForCausalLM)
+    model.config.get_text_config().tie_word_embeddings = False
+    model.config.num_labels = 1  # what TRL takes for a reward model
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(torch.zeros_like(head.weight))
+    return model, tokenizer
+
+
 def _facts(arguments: RewardArguments, config: RewardConfig, pairs: int) -> dict[str, Any]:
     facts: dict[str, Any] = {
-        "kind": "reward",
+        "kind": "vocabulary" if arguments.objective == "vocabulary" else "reward",
         "objective": arguments.objective,
         "loss": "Bradley-Terry on whole responses",
         "model": Path(arguments.model).name,
@@ -145,11 +213,13 @@ def _facts(arguments: RewardArguments, config: RewardConfig, pairs: int) -> dict
         "batch": config.per_device_train_batch_size * config.gradient_accumulation_steps,
         "seed": config.seed,
     }
-    if arguments.objective == "partial":
-        facts |= {
-            "loss": "Bradley-Terry on prefixes of equal length (PARGS, equation 4)",
-            "prefixes": arguments.prefixes,
-        }
-        name = "subset_ratio" if arguments.prefixes == "subset" else "prefixes_per_pair"
-        facts[name] = getattr(arguments, name)
+    if arguments.label_smoothing:
+        facts["label_smoothing"] = arguments.label_smoothing
+    if arguments.objective == "truncated":
+        facts |= {"loss": "Bradley-Terry on the beginnings of responses", "keep": arguments.keep}
+    if arguments.objective in ("partial", "vocabulary"):
+        prefixes = "causal" if arguments.objective == "vocabulary" else arguments.prefixes
+        name = "subset_ratio" if prefixes == "subset" else "prefixes_per_pair"
+        loss = "Bradley-Terry on prefixes of equal length (PARGS, equation 4)"
+        facts |= {"loss": loss, "prefixes": prefixes, name: getattr(arguments, name)}
     return facts

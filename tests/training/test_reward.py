@@ -5,16 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.trainer.reward_config import RewardConfig
 
+from steersman.guidance.reward_loading import load_reward_model
 from steersman.training import command
-from steersman.training.accuracy import accuracy_by_share, score
+from steersman.training.accuracy import accuracy_by_share, score_ends, score_last_tokens
 from steersman.training.data import TokenizedPreference, load_preferences
 from steersman.training.objectives import bradley_terry
 from steersman.training.prefixes import cut
-from steersman.training.reward import causal_rows
-from steersman.training.reward_trainer import PrefixCollator, PrefixRewardTrainer
+from steersman.training.reward import causal_rows, truncate
+from steersman.training.reward_trainer import PrefixCollator, PrefixRewardTrainer, VocabularyRewardTrainer
 from tests.support.training import write_config, write_task
 
 
@@ -29,6 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"objective": "full"},
         {"objective": "partial", "prefixes": "subset", "subset_ratio": 2.0},
         {"objective": "partial", "prefixes": "causal", "prefixes_per_pair": 3, "store": "bfloat16"},
+        {"objective": "truncated", "keep": 0.5, "num_train_epochs": 6},
+        {"objective": "full", "label_smoothing": 0.05},
     ],
     ids=lambda keys: "-".join(map(str, keys.values())),
 )
@@ -42,7 +45,9 @@ def test_training_from_yaml_learns_and_saves_what_it_measured(
         for line in capsys.readouterr().out.splitlines()
         if "'loss'" in line
     ]
-    assert losses[-1] < 0.5 * losses[0]
+    # With labels taken to be wrong no loss is below their entropy.
+    wrong = torch.tensor(keys.get("label_smoothing", 0.0))
+    assert losses[-1] - torch.special.entr(torch.stack((wrong, 1 - wrong))).sum() < 0.5 * losses[0]
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "kind", dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "kind")
@@ -50,7 +55,8 @@ def test_training_from_yaml_learns_and_saves_what_it_measured(
     assert (facts["kind"], facts["objective"], facts["pairs"]) == ("reward", keys["objective"], 64)
     rows = load_preferences(folder / "pairs.jsonl", tokenizer, 128)
     assert facts["accuracy"] == accuracy_by_share(model, rows)
-    assert facts["accuracy"]["1"] > 0.95
+    # Half of a response leaves some pairs equal.
+    assert facts["accuracy"][f"{keys.get('keep', 1)}"] > (0.85 if "keep" in keys else 0.95)
     card = (tmp_path / "kind" / "README.md").read_text(encoding="utf-8")
     assert "steersman serve MODEL --reward-model kind=" in card
     if keys.get("store") == "bfloat16":
@@ -73,11 +79,53 @@ def test_prefixes_of_one_causal_forward_have_the_loss_of_separate_forwards(
     loss = trainer.compute_loss(model, collator(list(dataset)))
 
     cuts = [(row, i) for row, example in zip(rows, dataset, strict=True) for i in cuts_of(row, example)]
-    chosen = score(model, [row.prompt + cut(row.chosen, i) for row, i in cuts])
-    rejected = score(model, [row.prompt + cut(row.rejected, i) for row, i in cuts])
+    chosen = score_ends(model, [row.prompt + cut(row.chosen, i) for row, i in cuts])
+    rejected = score_ends(model, [row.prompt + cut(row.rejected, i) for row, i in cuts])
     torch.testing.assert_close(loss, bradley_terry(chosen, rejected))
     loss.backward()
     assert model.model.embed_tokens.weight.grad.abs().sum() > 0
+
+
+def test_a_vocabulary_head_is_trained_saved_and_served(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    keys = {"objective": "vocabulary", "prefixes_per_pair": 4, "num_train_epochs": 6}
+    out = tmp_path / "every"
+    assert command.main(["reward", "--config", str(write_config(folder, **keys)), "--output_dir", str(out)]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    served = load_reward_model("every", str(out), tokenizer)
+    assert (served.kind, served.describe()["objective"]) == ("vocabulary", "vocabulary")
+    model = AutoModelForCausalLM.from_pretrained(out, dtype="float32")
+    rows = load_preferences(folder / "pairs.jsonl", tokenizer, 128)
+    facts = model.config.steersman
+    assert facts["accuracy"] == accuracy_by_share(model, rows, score_last_tokens)
+    assert facts["accuracy"]["1"] > 0.95
+    row = rows[0]
+    ends = served.score_answers(row.prompt, [row.chosen, row.rejected])[0]
+    assert ends[0] > ends[1]
+    texts = [row.prompt + row.chosen, row.prompt + row.rejected]
+    assert ends == pytest.approx(score_last_tokens(model, texts).tolist(), abs=1e-4)
+
+
+def test_prefixes_of_a_vocabulary_head_have_the_loss_of_separate_forwards(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32", num_labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    rows = load_preferences(folder / "pairs.jsonl", tokenizer, 128)[:12]
+    dataset = causal_rows(rows, 4, seed=3)
+    config = RewardConfig(str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none")
+    collator = PrefixCollator(tokenizer.pad_token_id)
+    trainer = VocabularyRewardTrainer(model, config, collator, dataset, processing_class=tokenizer)
+    loss = trainer.compute_loss(model, collator(list(dataset)))
+    cuts = [(row, i) for row, example in zip(rows, dataset, strict=True) for i in cuts_of(row, example)]
+    chosen = score_last_tokens(model, [row.prompt + cut(row.chosen, i) for row, i in cuts])
+    rejected = score_last_tokens(model, [row.prompt + cut(row.rejected, i) for row, i in cuts])
+    torch.testing.assert_close(loss, bradley_terry(chosen, rejected))
+
+
+def test_beginnings_are_shares_of_each_response_or_numbers_of_tokens() -> None:
+    row = TokenizedPreference([7, 8], list(range(9)), [3])
+    assert truncate([row], 0.5) == [TokenizedPreference([7, 8], [0, 1, 2, 3, 4], [3])]
+    assert truncate([row], 0.01) == [TokenizedPreference([7, 8], [0], [3])]
+    assert truncate([row], 4) == [TokenizedPreference([7, 8], [0, 1, 2, 3], [3])]
+    assert truncate([row], 1) == truncate([row], 99) == [row]
 
 
 def cuts_of(row: TokenizedPreference, example: dict[str, Any]) -> list[int]:
@@ -88,10 +136,13 @@ def cuts_of(row: TokenizedPreference, example: dict[str, Any]) -> list[int]:
 @pytest.mark.parametrize(
     ("keys", "flags", "complaint"),
     [
+        ({"keep": 0}, [], "keep is a share above 0"),
+        ({"keep": 2.5}, [], "a whole number of tokens above 1, not 2.5"),
+        ({"label_smoothing": 0.5}, [], "label_smoothing is from 0 to below 0.5"),
         ({}, ["--train_file", "absent.jsonl"], "absent.jsonl: no such file"),
         ({}, ["--model", "./absent"], "./absent can't be loaded"),
         ({"learning_speed": 1}, [], "learning_speed"),
-        ({"objective": "half"}, [], "objective is one of partial, full, not 'half'"),
+        ({"objective": "half"}, [], "objective is one of partial, full, truncated, vocabulary, not 'half'"),
         ({"store": "half"}, [], "store is one of float32, bfloat16, not 'half'"),
         ({"prefixes_per_pair": "many"}, [], "invalid int value: 'many'"),
         ({}, ["--objective", "half"], "invalid choice: 'half'"),
