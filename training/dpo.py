@@ -12,11 +12,11 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.dpo_trainer import DPOTrainer
 
 from steersman.training.checkpoints import round_weights, save_adapter, save_checkpoint, write_policy_card
 from steersman.training.configuration import ConfigError, load, one_line, run
 from steersman.training.data import TokenizedPreference, load_preferences
+from steersman.training.dpo_trainers import TokenizedDPOTrainer, TokenLevelDPOTrainer
 from steersman.training.implicit_reward import implicit_accuracy
 from steersman.training.prefixes import cut, tokens_at
 
@@ -38,6 +38,14 @@ class DPOArguments:
         default=1.0,
         metadata={"help": "Share of each response's tokens, from its start, that is trained on: above 0, at most 1."},
     )
+    method: Literal["dpo", "tdpo1", "tdpo2"] = field(
+        default="dpo",
+        metadata={
+            "help": "dpo: TRL's losses, chosen by loss_type. tdpo1, tdpo2: token-level DPO, which holds the sequential "
+            "KL of both responses beside their rewards."
+        },
+    )
+    alpha: float = field(default=0.5, metadata={"help": "Of tdpo2: how much the sequential KL weighs; 0 is DPO."})
     lora_rank: int = field(
         default=0, metadata={"help": "Train a LoRA adapter of this rank on all linear layers; 0 trains all weights."}
     )
@@ -53,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
 
 def train_dpo(arguments: DPOArguments, config: DPOConfig) -> dict[str, Any]:
     """Trains, measures and saves a policy, or its adapter; returns the facts that its config.json carries."""
-    _check(arguments)
+    _check(arguments, config)
     set_seed(config.seed)
     model, tokenizer = load(arguments.model, AutoModelForCausalLM)
     window = config.max_length or tokenizer.model_max_length
@@ -90,19 +98,6 @@ def truncated(rows: Sequence[TokenizedPreference], keep: float) -> Dataset:
     return Dataset.from_list(examples)
 
 
-class TokenizedDPOTrainer(DPOTrainer):
-    """TRL's trainer over rows of token ids; its own preparation takes text only and ends every response."""
-
-    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
-        return dataset
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """The columns of the dataset that are kept: those the collator reads, and the one that rows are grouped by."""
-        super()._set_signature_columns_if_needed()
-        if self.args.length_column_name not in self._signature_columns:
-            self._signature_columns.append(self.args.length_column_name)
-
-
 def _train(
     arguments: DPOArguments,
     config: DPOConfig,
@@ -116,13 +111,15 @@ def _train(
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
     use_cache = model.config.use_cache
     try:
-        trainer = TokenizedDPOTrainer(
+        trainer = (TokenizedDPOTrainer if arguments.method == "dpo" else TokenLevelDPOTrainer)(
             model,
             args=config,
             train_dataset=truncated(rows, arguments.keep),
             processing_class=tokenizer,
             peft_config=lora,
         )
+        if isinstance(trainer, TokenLevelDPOTrainer):
+            trainer.version, trainer.alpha = (1 if arguments.method == "tdpo1" else 2), arguments.alpha
         trainer.train()
     except (ValueError, NotImplementedError) as error:  # combinations of its settings that TRL refuses
         raise one_line(error) from error
@@ -131,11 +128,15 @@ def _train(
     return policy
 
 
-def _check(arguments: DPOArguments) -> None:
+def _check(arguments: DPOArguments, config: DPOConfig) -> None:
     if not 0 < arguments.keep <= 1:
         raise ConfigError(f"keep is a share above 0 and at most 1, not {arguments.keep:g}; 1 keeps whole responses")
     if arguments.lora_rank < 0:
         raise ConfigError(f"lora_rank is at least 0, not {arguments.lora_rank}; 0 trains all weights")
+    if arguments.method != "dpo" and config.loss_type != ["sigmoid"]:
+        raise ConfigError(f"loss_type is TRL's choice among losses; method {arguments.method} is one of its own")
+    if arguments.alpha < 0:
+        raise ConfigError(f"alpha is at least 0, not {arguments.alpha:g}; 0 leaves the sequential KL out")
     if arguments.pairs is not None and arguments.pairs < 1:
         raise ConfigError(f"pairs is at least 1, not {arguments.pairs}; without it, all rows are trained on")
 
@@ -143,8 +144,8 @@ def _check(arguments: DPOArguments) -> None:
 def _facts(arguments: DPOArguments, config: DPOConfig, pairs: int) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "kind": "policy",
-        "method": "dpo",
-        "loss": " + ".join(config.loss_type),
+        "method": arguments.method,
+        "loss": " + ".join(config.loss_type) if arguments.method == "dpo" else arguments.method,
         "keep": arguments.keep,
         "beta": config.beta,
         "model": Path(arguments.model).name,
@@ -154,4 +155,6 @@ def _facts(arguments: DPOArguments, config: DPOConfig, pairs: int) -> dict[str, 
         "batch": config.per_device_train_batch_size * config.gradient_accumulation_steps,
         "seed": config.seed,
     }
+    if arguments.method == "tdpo2":
+        facts["alpha"] = arguments.alpha
     return facts | ({"lora_rank": arguments.lora_rank} if arguments.lora_rank else {})

@@ -11,7 +11,7 @@ from tests.support.oracle import Oracle
 from tests.support.tiny import END
 
 DRAWS = 20_000
-FEW_DRAWS = 1_500
+FEW_DRAWS = 1_000
 """Where one draw costs many milliseconds; `COARSE_CASES` are wrong by so much more."""
 ACCEPT = 1e-4
 REJECT = 1e-6

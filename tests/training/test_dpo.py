@@ -16,7 +16,8 @@ from trl.trainer.dpo_config import DPOConfig
 from steersman.training import command
 from steersman.training.checkpoints import read_facts
 from steersman.training.data import TokenizedPreference, load_preferences
-from steersman.training.dpo import TokenizedDPOTrainer, truncated
+from steersman.training.dpo import truncated
+from steersman.training.dpo_trainers import TokenizedDPOTrainer, TokenLevelDPOTrainer
 from steersman.training.implicit_reward import implicit_accuracy
 from tests.support.training import VOCABULARY, write_config, write_task
 
@@ -44,14 +45,20 @@ def draw_rows(seed: int, count: int) -> list[TokenizedPreference]:
     return [TokenizedPreference(ids(12), [*ids(30), EOS], [*ids(30), EOS]) for _ in range(count)]
 
 
-def new_trainer(folder: Path, tmp_path: Path, rows: list[TokenizedPreference], keep: float) -> TokenizedDPOTrainer:
+def new_trainer(
+    folder: Path,
+    tmp_path: Path,
+    rows: list[TokenizedPreference],
+    keep: float,
+    kind: type[TokenizedDPOTrainer] = TokenizedDPOTrainer,
+) -> TokenizedDPOTrainer:
     config = DPOConfig(
         str(tmp_path), beta=0.3, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
         per_device_train_batch_size=len(rows), train_sampling_strategy="sequential",
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    return TokenizedDPOTrainer(model, args=config, train_dataset=truncated(rows, keep), processing_class=tokenizer)
+    return kind(model, args=config, train_dataset=truncated(rows, keep), processing_class=tokenizer)
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.4, 0.33, 0.25, 0.01])
@@ -108,12 +115,56 @@ def test_the_loss_is_log_2_at_first_and_then_the_formula_s(
     assert abs(loss - math.log(2)) > 1e-3
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_token_level_loss_is_the_formula_s(folder: Path, tmp_path: Path, seed: int, version: Any) -> None:
+    """Equations 13 and 14 of TDPO: the margin of DPO less the difference of the responses' sequential KL."""
+    rows = draw_rows(seed, 5)
+    trainer = new_trainer(folder, tmp_path, rows, 1.0, TokenLevelDPOTrainer)
+    assert isinstance(trainer, TokenLevelDPOTrainer)
+    trainer.version = version
+    (batch,) = trainer.get_train_dataloader()
+    assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(math.log(2), abs=1e-5)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    loss = trainer.compute_loss(trainer.model, dict(batch)).item()
+    reference = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float64")
+    policy = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float64")
+    policy.load_state_dict(trainer.model.state_dict())
+    expected = 0.0
+    for row in rows:
+        (ratio_w, kl_w), (ratio_l, kl_l) = (
+            ratio_and_kl(policy, reference, row, ids) for ids in (row.chosen, row.rejected)
+        )
+        delta = kl_l - kl_w if version == 1 else 0.5 * (kl_l - kl_w)
+        expected += math.log1p(math.exp(-0.3 * (ratio_w - ratio_l - delta))) / len(rows)
+    assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def ratio_and_kl(
+    policy: LlamaForCausalLM, reference: LlamaForCausalLM, row: TokenizedPreference, response: list[int]
+) -> tuple[float, float]:
+    with torch.no_grad():
+        both = [
+            m(input_ids=torch.tensor([row.prompt + response])).logits[0].log_softmax(-1) for m in (policy, reference)
+        ]
+    ratio = kl = 0.0
+    for place, token in enumerate(response, len(row.prompt) - 1):
+        own, other = both[0][place], both[1][place]
+        ratio += float(own[token] - other[token])
+        kl += float((other.exp() * (other - own)).sum())
+    return ratio, kl
+
+
 @pytest.mark.parametrize(
     "keys",
     [
         {},
         {"keep": 0.5, "store": "bfloat16", "pairs": 48, "train_sampling_strategy": "group_by_length"},
         {"loss_type": "ipo", "beta": 0.5},
+        {"method": "tdpo1"},
+        {"method": "tdpo2", "alpha": 0.3, "lora_rank": 4, "learning_rate": 5e-2},
         {"lora_rank": 4, "store": "bfloat16", "learning_rate": 5e-2},
     ],
     ids=lambda keys: "-".join(map(str, keys)) or "whole",
@@ -124,11 +175,11 @@ def test_training_from_yaml_learns_and_saves_what_it_measured(
     out = tmp_path / "kind"
     assert command.main(["dpo", "--config", str(write_config(folder, **keys)), "--output_dir", str(out)]) == 0
     facts = read_facts(out)
-    assert (facts["kind"], facts["method"], facts["model"]) == ("policy", "dpo", "model")
+    assert (facts["kind"], facts["method"], facts["model"]) == ("policy", keys.get("method", "dpo"), "model")
     assert (facts["pairs"], facts["keep"], facts["beta"]) == (
         keys.get("pairs", 64), keys.get("keep", 1.0), keys.get("beta", 0.1)
     )  # fmt: skip
-    assert facts["loss"] == keys.get("loss_type", "sigmoid")
+    assert facts["loss"] == keys.get("loss_type", keys.get("method", "sigmoid"))
 
     reference = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32")
     policy = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32")
