@@ -21,6 +21,7 @@ from steersman.benchmarks.naive import measure_naive
 GUIDANCE: dict[str, Any] = {"method": "pargs", "reward_model": "helpful", "beta": 1.5, "top_k": 10}
 METHODS: dict[str, dict[str, Any]] = {
     "pargs": GUIDANCE,
+    "pargs, vocabulary head": {**GUIDANCE, "reward_model": "swift"},
     "pargs, first 16 tokens": {**GUIDANCE, "gate": {"first_tokens": 16}},
     "mixed": {"method": "mixed", "policy": "dpo", "mix": 0.7},
     "length_control, 16 tokens": {"method": "length_control", "policy": "dpo", "length": 16},

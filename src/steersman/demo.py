@@ -18,8 +18,12 @@ from rich.table import Table
 
 WORLD = Path(__file__).parent / "training" / "world"
 MODELS = WORLD / "models"
-REWARD_MODELS = {"helpful": "reward-partial", "full": "reward-full", "judge": "reward-evaluation"}
-"""Names under which the demo serves its reward models; `judge` is trained apart and steers nothing."""
+REWARD_MODELS = {
+    **{"helpful": "reward-partial", "swift": "reward-vocabulary"},
+    **{"full": "reward-full", "judge": "reward-evaluation"},
+}
+"""Names under which the demo serves its reward models; `swift` has a vocabulary head, `judge` is trained apart and steers
+nothing."""
 POLICIES = {"dpo": "dpo"}
 PRESETS = WORLD / "presets.yaml"
 

@@ -21,7 +21,7 @@ def read(path: Path) -> dict[str, Any]:
 def test_a_config_names_its_own_model(name: str) -> None:
     config = read(CONFIGS / f"{name}.yaml")
     assert config["output_dir"] == f"models/{name}"
-    assert config["objective"] == ("partial" if name == "reward-partial" else "full")
+    assert config["objective"] == {"partial": "partial", "vocabulary": "vocabulary"}.get(name.split("-")[1], "full")
 
 
 def test_partial_and_full_differ_only_in_objective() -> None:

@@ -41,7 +41,7 @@ HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
 PAIRS: dict[Split, int] = {"reward": 10_000, "evaluation": 4000, "validation": 800, "test": 800}
 PROMPTS: dict[Split, int] = {"tuning": 200, "reporting": 500}
-REWARD_MODELS = ("reward-partial", "reward-full", "reward-evaluation")
+REWARD_MODELS = ("reward-partial", "reward-full", "reward-evaluation", "reward-vocabulary")
 # The share of each response's tokens that a policy is trained on: those of Shallow Preference Signals.
 POLICIES = {"dpo": 1.0, "dpo-50": 0.5, "dpo-40": 0.4, "dpo-33": 0.33, "dpo-25": 0.25}
 

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from steersman.training.accuracy import accuracy_by_share
+from steersman.training.accuracy import accuracy_by_share, score_last_tokens
 from steersman.training.checkpoints import read_facts
 from steersman.training.data import Preference, TokenizedPreference, tokenize
 from steersman.training.implicit_reward import implicit_accuracy
@@ -51,8 +51,11 @@ def measure_reward(
     folder: Path, tokenizer: PreTrainedTokenizerFast, test_pairs: Sequence[dict[str, Any]]
 ) -> dict[str, float]:
     """Accuracy against gold order (no label noise) by share of the longer response."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="float32")
-    return accuracy_by_share(model, _in_gold_order(test_pairs, tokenizer))
+    rows = _in_gold_order(test_pairs, tokenizer)
+    if read_facts(folder)["kind"] == "vocabulary":
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+        return accuracy_by_share(model, rows, score_last_tokens)
+    return accuracy_by_share(AutoModelForSequenceClassification.from_pretrained(folder, dtype="float32"), rows)
 
 
 def measure_policy(

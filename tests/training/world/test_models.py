@@ -20,6 +20,8 @@ from steersman.training.world.quality import measure_implicit_reward, measure_re
 
 MODELS = HERE / "models"
 ALL = ("base", *REWARD_MODELS, *POLICIES)
+OBJECTIVES = dict(zip(REWARD_MODELS, ("partial", "full", "full", "vocabulary"), strict=True))
+CLASSIFIERS = [name for name, objective in OBJECTIVES.items() if objective != "vocabulary"]
 SAMPLES = 250
 FEW_SAMPLES = 100
 
@@ -40,7 +42,7 @@ def test_all_models_together_are_small() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_model_s_weights_are_stored_in_bfloat16_and_load_in_float32_unchanged(name: str) -> None:
-    kind = AutoModelForSequenceClassification if name in REWARD_MODELS else AutoModelForCausalLM
+    kind = AutoModelForSequenceClassification if name in CLASSIFIERS else AutoModelForCausalLM
     model = kind.from_pretrained(MODELS / name)
     assert model.dtype == torch.float32
     assert (model.config.pad_token_id, model.config.eos_token_id, model.config.vocab_size) == (0, 1, 1024)
@@ -56,10 +58,11 @@ def test_a_model_s_weights_are_stored_in_bfloat16_and_load_in_float32_unchanged(
 def test_reward_models_say_what_they_are_and_share_the_base_s_tokenizer(name: str) -> None:
     config = json.loads((MODELS / name / "config.json").read_text(encoding="utf-8"))
     facts = config["steersman"]
-    assert facts["kind"] == "reward"
-    assert facts["objective"] == ("partial" if name == "reward-partial" else "full")
+    assert facts["kind"] == ("reward" if name in CLASSIFIERS else "vocabulary")
+    assert facts["objective"] == OBJECTIVES[name]
     assert {"pairs", "learning_rate", "epochs", "seed", "accuracy", "gold_accuracy"} <= facts.keys()
-    assert (config["architectures"], config["pad_token_id"]) == (["LlamaForSequenceClassification"], 0)
+    architecture = "LlamaForSequenceClassification" if name in CLASSIFIERS else "LlamaForCausalLM"
+    assert (config["architectures"], config["pad_token_id"]) == ([architecture], 0)
     texts = [AutoTokenizer.from_pretrained(MODELS / folder).backend_tokenizer.to_str() for folder in ("base", name)]
     assert texts[0] == texts[1]
 
@@ -126,7 +129,7 @@ def test_labels_agree_with_gold_as_often_as_the_noise_says(test_pairs: list[dict
     assert abs(agreement(test_pairs) - expected) < five_errors(expected, len(apart))
 
 
-def test_partial_is_above_full_on_prefixes_and_both_as_accurate_as_measured(
+def test_partial_and_vocabulary_are_above_full_on_prefixes_and_all_as_accurate_as_measured(
     quality: dict[str, Any], test_pairs: list[dict[str, Any]]
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "base")
@@ -138,6 +141,7 @@ def test_partial_is_above_full_on_prefixes_and_both_as_accurate_as_measured(
     error = math.sqrt(0.5 / len(by_gold(test_pairs)))
     for share in ("0.25", "0.5"):
         assert partial[share] > full[share] + 2 * error
+        assert measured["reward-vocabulary"][share] > full[share] + 2 * error
     assert partial["1"] > 0.7
     assert full["1"] > 0.7
 
