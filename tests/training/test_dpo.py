@@ -79,6 +79,17 @@ def test_the_model_is_fed_each_response_s_own_first_part_and_no_other_end_token(
         assert (ids == EOS).sum() == (kept == len(response))
 
 
+def step_away(trainer: TokenizedDPOTrainer, folder: Path, seed: int) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
+    """Moves the trained weights at random; the policy and its reference in float64."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float64") for _ in range(2))
+    policy.load_state_dict(trainer.model.state_dict())
+    return policy, reference
+
+
 def log_likelihood(model: LlamaForCausalLM, row: TokenizedPreference, response: list[int]) -> torch.Tensor:
     logits = model(input_ids=torch.tensor([row.prompt + response])).logits[0]
     assert logits.dtype == torch.float64
@@ -98,14 +109,8 @@ def test_the_loss_is_log_2_at_first_and_then_the_formula_s(
     (batch,) = trainer.get_train_dataloader()
     assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(math.log(2), abs=1e-5)
 
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+    policy, reference = step_away(trainer, folder, seed)
     loss = trainer.compute_loss(trainer.model, dict(batch)).item()
-    reference = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float64")
-    policy = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float64")
-    policy.load_state_dict(trainer.model.state_dict())
     terms = []
     for row in rows:
         chosen, rejected = (ids[: math.ceil(Fraction(str(keep)) * len(ids))] for ids in (row.chosen, row.rejected))
@@ -124,14 +129,8 @@ def test_the_token_level_loss_is_the_formula_s(folder: Path, tmp_path: Path, see
     trainer.version = version
     (batch,) = trainer.get_train_dataloader()
     assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(math.log(2), abs=1e-5)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+    policy, reference = step_away(trainer, folder, seed)
     loss = trainer.compute_loss(trainer.model, dict(batch)).item()
-    reference = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float64")
-    policy = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float64")
-    policy.load_state_dict(trainer.model.state_dict())
     expected = 0.0
     for row in rows:
         (ratio_w, kl_w), (ratio_l, kl_l) = (
