@@ -58,6 +58,7 @@ def _topk(device: torch.device, rows: int, vocabulary: int, k: int, dtype: torch
         flashinfer = importlib.import_module("flashinfer")
         # Without log-probabilities: it does less.
         versions["FlashInfer top_k"] = lambda logits: flashinfer.top_k(logits, k, sorted=True)
+    versions |= _vllms_topk(device, k)
     return Contest(
         f"topk_logprobs, k = {k}, {_short(dtype)}",
         f"({rows}, {vocabulary})",
@@ -65,6 +66,17 @@ def _topk(device: torch.device, rows: int, vocabulary: int, k: int, dtype: torch
         lambda: (3 * torch.randn(rows, vocabulary, device=device).to(dtype),),
         versions,
     )
+
+
+def _vllms_topk(device: torch.device, k: int) -> dict[str, Version]:
+    """vLLM's own way to top log-probabilities: torch's selection, then a kernel that normalises. For GPUs only."""
+    if device.type != "cuda":
+        return {}
+    try:
+        from vllm.v1.worker.gpu.sample.logprob import compute_token_logprobs
+    except ImportError:
+        return {}
+    return {"vLLM": lambda logits: compute_token_logprobs(logits, logits.topk(k, dim=-1).indices)}
 
 
 def _topk_twin(k: int, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -1,4 +1,4 @@
-"""`python -m steersman.benchmarks.kernels`: every kernel on a GPU against torch, torch.compile and FlashInfer.
+"""`python -m steersman.benchmarks.kernels`: every kernel on a GPU against torch, torch.compile, vLLM and FlashInfer.
 
 Each version is captured in a CUDA graph over several sets of random inputs, together larger than the L2 cache, so that
 no set is found there and no launch waits for the host; versions that cannot be captured are timed eagerly and marked.
