@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.oracle import Oracle, load_oracle
 from tests.support.server import Server
+from tests.support.tiny import VOCABULARY
 from tests.support.traffic import (
     Answered,
     Asked,
@@ -115,8 +116,9 @@ def test_unguided_neighbours_get_the_base_models_own_answer(
 
 def test_reward_model_tokens_are_the_prompt_once_and_one_plus_k_a_step(interface: Server) -> None:
     rng = random.Random()
-    for k in (1, 10, 33):
-        prompt = random_prompts(rng, 1, shortest=30, longest=40)[0]
+    for n, k in enumerate((1, 10, 33)):
+        # No other test's prompts begin so: nothing of this one is in the cache.
+        prompt = [VOCABULARY - 8 + n, *random_prompts(rng, 1, shortest=30, longest=40)[0]]
         guidance = {"method": "pargs", "reward_model": "first", "top_k": k}
         body = interface.complete(prompt, guidance, max_tokens=20, temperature=0, ignore_eos=True)
         assert body["choices"][0]["guidance"]["reward_model_tokens"] == len(prompt) - 1 + 20 * (1 + k)
