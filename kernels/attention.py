@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from steersman.kernels.launch import Launch, require_contiguous, require_rows
+from steersman.kernels.launch import Launch, is_small, require_contiguous, require_rows
 
 _PROGRAMS = 264
 _NO_WINDOW = 2**30
@@ -83,7 +83,8 @@ def plan_launches(
     # What fits into the registers of four warps.
     roomy = query.dtype.itemsize == 2 or padded <= 64
     queries = 16 if fed * shared <= 16 else 64 if roomy else 32
-    columns = 64 if query.dtype.itemsize == 2 else 32 if roomy else 16
+    columns = (64 if query.dtype.itemsize == 2 else 32 if roomy else 16) // (2 if is_small() else 1)
+    fresh = 32 if fed > 16 and roomy and not is_small() else 16
     attend = Launch(
         _attend,
         (rows, heads * triton.cdiv(fed * shared, queries), splits),
@@ -97,7 +98,7 @@ def plan_launches(
             window=_NO_WINDOW if window is None else window,
         ),
         dict(
-            WIDTH=width, PADDED=padded, QUERIES=queries, COLUMNS=columns, FRESH=32 if fed > 16 and roomy else 16,
+            WIDTH=width, PADDED=padded, QUERIES=queries, COLUMNS=columns, FRESH=fresh,
             BLOCK=cache_keys.shape[2], SPLIT=merged, EXACT=exact or query.dtype == torch.float32,
         ),
         warps=4,

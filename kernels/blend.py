@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from steersman.kernels.arguments import LARGEST_SAMPLE, Blended, BlendRows
-from steersman.kernels.launch import Launch, most_splits, require_contiguous, require_rows, split_rows
+from steersman.kernels.launch import Launch, is_small, most_splits, require_contiguous, require_rows, split_rows
 
 _TILE = 2048
 _PART = 4096
@@ -102,7 +102,7 @@ def plan_launches(
             groups_stride=workspace.groups.stride(0),
         ),
         dict(TILE=_TILE, GROUP=GROUP, SAMPLED=samples > 0),
-        warps=8,
+        warps=4 if is_small() else 8,
     )  # fmt: skip
     sample = Launch(
         _sample,

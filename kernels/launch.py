@@ -1,6 +1,8 @@
 """How a kernel is launched: grid, arguments and compile-time choices as data, so that what runs is what is checked."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,29 @@ import triton
 
 _PROGRAMS = 264
 """Programs that fill a large GPU: twice the streaming multiprocessors of an H100 or H200."""
+
+
+_HOPPER = 90
+_planned: ContextVar[int | None] = ContextVar("planned", default=None)
+
+
+def is_small() -> bool:
+    """Whether launches are planned for a GPU before Hopper, on which large tiles spill."""
+    planned = _planned.get()
+    if planned is None and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        planned = 10 * major + minor
+    return planned is not None and planned < _HOPPER
+
+
+@contextmanager
+def planning_for(capability: int) -> Iterator[None]:
+    """Plans launches for a GPU of this compute capability, 80 for Ampere, whatever is there."""
+    token = _planned.set(capability)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from steersman.kernels.arguments import RewardTerms
-from steersman.kernels.launch import Launch, require_contiguous, require_rows
+from steersman.kernels.launch import Launch, is_small, require_contiguous, require_rows
 
 _PART = 8192
 _STEP = 64
@@ -72,7 +72,7 @@ def plan_launch(
         ),
         dict(
             TERMS=rewards.shape[1], K=max(16, triton.next_power_of_2(k)), PART=_PART,
-            STEP=min(_STEP, triton.next_power_of_2(width)),
+            STEP=min(_STEP // (2 if is_small() else 1), triton.next_power_of_2(width)),
         ),
         warps=4,
     )  # fmt: skip

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from steersman.kernels.launch import Launch
+from steersman.kernels.launch import Launch, planning_for
 from steersman.kernels.production import production_launches
 
 TABLE = Path(__file__).parent / "resources.json"
@@ -95,7 +95,9 @@ def compile_all(capability: int, processes: int = 1, one_each: bool = False) -> 
 
 
 def _compile_named(capability: int, name: str) -> Resources:
-    return compile_launch(production_launches()[name], capability)
+    with planning_for(capability):
+        launch = production_launches()[name]
+    return compile_launch(launch, capability)
 
 
 def _read_binary(binary: bytes, shared_bytes: int) -> Resources:

@@ -8,6 +8,7 @@ import torch
 
 from steersman.kernels import attention, reference
 from steersman.kernels.attention import candidate_attention, choose_splits
+from steersman.kernels.launch import planning_for
 from tests.kernels.poison import poisoned_memory
 
 BLOCK = 16
@@ -124,6 +125,12 @@ def test_shared_heads_and_widths_that_are_no_power_of_two(heads: tuple[int, int]
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(dtype: torch.dtype) -> None:
     _check(_case(10, 1, (15, 16, 200), dtype=dtype), tolerance=2e-3 if dtype == torch.float16 else 2e-2)
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(128, torch.float32), (64, torch.float32), (128, torch.float16)])
+def test_with_the_smaller_tiles_of_gpus_before_hopper(width: int, dtype: torch.dtype) -> None:
+    with planning_for(80):
+        _check(_case(20, 1, (3, 70), (4, 2), width, dtype=dtype), tolerance=1e-5 if dtype == torch.float32 else 2e-3)
 
 
 def test_lengths_at_the_edges_of_blocks_and_tiles() -> None:

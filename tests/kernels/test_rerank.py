@@ -8,6 +8,7 @@ import torch
 
 from steersman.kernels import reference
 from steersman.kernels.arguments import RewardTerms
+from steersman.kernels.launch import planning_for
 from steersman.kernels.rerank import reward_rerank
 from tests.kernels.poison import poisoned_memory
 
@@ -97,6 +98,14 @@ def test_scores_rewards_and_rows(name: str, from_hidden: bool, vocabulary: int, 
     torch.testing.assert_close(rewards.double(), case.exact_rewards(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scores.double(), case.exact_scores(), rtol=1e-5, atol=2e-5)
     _assert_rows(case, before, scores, {3: 0, 0: 1, 5: 3})
+
+
+def test_with_the_smaller_steps_of_gpus_before_hopper() -> None:
+    case = _case(300, 10, 3, 160)
+    with planning_for(80):
+        scores, rewards = _run(reward_rerank, case, True)
+    torch.testing.assert_close(rewards.double(), case.exact_rewards(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.double(), case.exact_scores(), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -52,3 +52,4 @@ def test_kernels_compile_for_ampere_and_blackwell_no_worse_than_committed(capabi
     target, found = _compile("--capability", str(capability), "--one-each")
     assert len(found) == 8
     _assert_no_worse(target, found)
+    assert all(own["spills"] == own["stack_bytes"] == 0 for own in TABLE[target].values())
