@@ -39,7 +39,8 @@ def test_candidates_texts_and_answers_get_the_rewards_of_full_forwards(
     assert model.score_text(prompt, answers[1]) == pytest.approx(each.tolist(), abs=1e-4)
     ends, read_for_all = model.score_answers(prompt, answers)
     assert ends == pytest.approx(reference([[*prompt, *answer] for answer in answers]).tolist(), abs=1e-4)
-    assert len(prompt) <= read_for_all <= len(prompt) + sum(map(len, answers))
+    # The prompt may be in the cache already; every answer's last token is read.
+    assert len(answers) <= read_for_all <= len(prompt) + sum(map(len, answers))
     model.release("a")
     assert model.describe()["cache_blocks_in_use"] == 0
 
