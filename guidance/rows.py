@@ -107,11 +107,8 @@ class LastTokens:
     def of(self, rows: Sequence[Row]) -> torch.Tensor:
         """Those of some of the rows, [len(rows)] int64."""
         places = [self._places[row.index] for row in rows]
-        return (
-            self.tokens
-            if places == list(range(len(self.tokens)))
-            else self.tokens[to_device(places, self.tokens.device)]
-        )
+        whole = places == list(range(len(self.tokens)))
+        return self.tokens if whole else self.tokens[to_device(places, self.tokens.device)]
 
 
 def begin_positions(rows: Sequence[Row], last: torch.Tensor) -> None:

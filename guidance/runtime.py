@@ -5,8 +5,8 @@ asks policies and reward models, each in one forward for all rows that need it, 
 Rows that are not guided are not touched.
 
 On a GPU a step asks the device for nothing, so that the host can prepare the next one meanwhile: what went wrong is
-learned a step late, and until then the base decodes the row. The exceptions wait, and say so in the request's own
-documentation: gates that spare a model (entropy, or KL in front of rewards), a KL budget, a trace, catching up.
+learned a step late, and until then the base decodes the row. What waits for the device: gates that spare a model
+(entropy, or KL in front of rewards), a KL budget, a trace, and catching up.
 """
 
 from collections import OrderedDict

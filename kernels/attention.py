@@ -83,8 +83,9 @@ def plan_launches(
     # What fits into the registers of four warps.
     roomy = query.dtype.itemsize == 2 or padded <= 64
     queries = 16 if fed * shared <= 16 else 64 if roomy else 32
-    columns = (64 if query.dtype.itemsize == 2 else 32 if roomy else 16) // (2 if is_small() else 1)
-    fresh = 32 if fed > 16 and roomy and not is_small() else 16
+    small = is_small()
+    columns = (64 if query.dtype.itemsize == 2 else 32 if roomy else 16) // (2 if small else 1)
+    fresh = 32 if fed > 16 and roomy and not small else 16
     attend = Launch(
         _attend,
         (rows, heads * triton.cdiv(fed * shared, queries), splits),

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,8 +12,6 @@ import triton
 
 _PROGRAMS = 264
 """Programs that fill a large GPU: twice the streaming multiprocessors of an H100 or H200."""
-
-
 _HOPPER = 90
 _planned: ContextVar[int | None] = ContextVar("planned", default=None)
 
@@ -20,10 +19,16 @@ _planned: ContextVar[int | None] = ContextVar("planned", default=None)
 def is_small() -> bool:
     """Whether launches are planned for a GPU before Hopper, on which large tiles spill."""
     planned = _planned.get()
-    if planned is None and torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        planned = 10 * major + minor
-    return planned is not None and planned < _HOPPER
+    return (_own_capability() if planned is None else planned) < _HOPPER
+
+
+@cache
+def _own_capability() -> int:
+    """Of the GPU at hand, asked once: every launch is planned by it. Without one, Hopper's."""
+    if not torch.cuda.is_available():
+        return _HOPPER
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 @contextmanager

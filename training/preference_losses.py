@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-ASPECTS = ("helpfulness", "correctness", "safety", "completeness", "clarity")
 WEIGHTS = (0.3, 0.4, 0.1, 0.1, 0.1)
+"""Of helpfulness, correctness, safety, completeness and clarity."""
 HIGHEST_SCORE = 4.0
 
 
