@@ -66,13 +66,8 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
     return facts
 
 
-def write_reward_card(folder: str | Path, name: str, facts: dict[str, Any]) -> None:
-    """A short README.md: what the model was trained on, how well it does, how to serve it."""
-    seen = {
-        "partial": "prefixes of responses",
-        "truncated": "the beginnings of responses",
-        "vocabulary": "prefixes of responses, with one output for every next token",
-    }.get(facts["objective"], "whole responses")
+def write_reward_card(folder: str | Path, name: str, facts: dict[str, Any], seen: str) -> None:
+    """A short README.md: what the model was trained on (`seen`, in words), how well it does, how to serve it."""
     lines = [
         f"# {name}",
         "",

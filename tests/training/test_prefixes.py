@@ -7,7 +7,8 @@ import pytest
 
 from steersman.training.data import TokenizedPreference
 from steersman.training.prefixes import SHARES, cut, draw_cuts, draw_subset, tokens_at
-from steersman.training.reward import causal_rows, subset_rows
+from steersman.training.rewards.causal import causal_rows
+from steersman.training.rewards.pairs import subset_rows
 
 EOS = 1
 

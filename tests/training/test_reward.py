@@ -14,8 +14,9 @@ from steersman.training.accuracy import accuracy_by_share, score_ends, score_las
 from steersman.training.data import TokenizedPreference, load_preferences
 from steersman.training.objectives import bradley_terry
 from steersman.training.prefixes import cut
-from steersman.training.reward import causal_rows, truncate
-from steersman.training.reward_trainer import PrefixCollator, PrefixRewardTrainer, VocabularyRewardTrainer
+from steersman.training.rewards.causal import PrefixCollator, PrefixRewardTrainer, causal_rows
+from steersman.training.rewards.pairs import truncate
+from steersman.training.rewards.vocabulary import VocabularyRewardTrainer
 from tests.support.training import write_config, write_task
 
 

@@ -1,18 +1,26 @@
-"""TRL's reward trainer with what it lacks: noisy labels, many prefixes from one causal forward, vocabulary heads."""
+"""PARGS's objective: Bradley-Terry on prefixes of equal length, many of a pair read from one causal forward."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
-from steersman.training.objectives import bradley_terry
+from steersman.training.configuration import ConfigError
+from steersman.training.data import TokenizedPreference
+from steersman.training.prefixes import draw_cuts
+from steersman.training.rewards.arguments import RewardArguments
+from steersman.training.rewards.pairs import SUBSET, PairRewardTrainer
+from steersman.training.rewards.recipe import Recipe
 
 NO_POSITION = -1
 # Of the sequence that is the prompt and the response: where each prefix ends, for chosen and rejected alike.
@@ -49,28 +57,6 @@ class PrefixCollator(DataCollatorForPreference):
         return batch
 
 
-class PairRewardTrainer(RewardTrainer):
-    """Trains on the ends of two sequences, with labels of which a share `label_smoothing` is taken to be wrong."""
-
-    label_smoothing = 0.0
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        # TRL's own loss is computed beside ours: its metrics are what it logs.
-        _, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        loss = self._loss(*outputs.logits.squeeze(-1).chunk(2))
-        return (loss, outputs) if return_outputs else loss
-
-    def _loss(self, chosen: Tensor, rejected: Tensor, mask: Tensor | None = None) -> Tensor:
-        loss = bradley_terry(chosen, rejected, mask, label_smoothing=self.label_smoothing)
-        if self.args.center_rewards_coefficient is not None:
-            sums = (chosen + rejected).square()
-            kept = sums if mask is None else sums.masked_select(mask)
-            loss = loss + self.args.center_rewards_coefficient * kept.mean()
-        return loss
-
-
 class PrefixRewardTrainer(PairRewardTrainer):
     """Trains on every position of a pair at once: L = −mean over pairs and prefixes of log σ(r_chosen − r_rejected)."""
 
@@ -94,32 +80,53 @@ class PrefixRewardTrainer(PairRewardTrainer):
         return at_positions(scores[0], positions), outputs
 
 
-class VocabularyRewardTrainer(PrefixRewardTrainer):
-    """The same for a causal language model whose logit of a token is the reward of the prefix that ends with it."""
+def causal_rows(rows: Sequence[TokenizedPreference], count: int, seed: int) -> Dataset:
+    """Whole pairs, with the positions of their prefixes' last tokens."""
+    rng = random.Random(seed)
+    examples = []
+    for row in rows:
+        cuts = draw_cuts(row.longer, count, rng)
+        examples.append(
+            {
+                "chosen_ids": row.prompt + row.chosen,
+                "rejected_ids": row.prompt + row.rejected,
+                "chosen_positions": [len(row.prompt) + min(i, len(row.chosen)) - 1 for i in cuts],
+                "rejected_positions": [len(row.prompt) + min(i, len(row.rejected)) - 1 for i in cuts],
+            }
+        )
+    return Dataset.from_list(examples)
 
-    def _score(self, model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> tuple[Tensor, Any]:
-        scores = next_token_scores(model, self.accelerator.unwrap_model(model), inputs, positions)
-        longest = (positions != NO_POSITION).sum(dim=1, keepdim=True) - 1
-        ends = SimpleNamespace(logits=scores.detach().gather(1, longest))
-        _, outputs = RewardTrainer.compute_loss(self, lambda **_: ends, inputs, return_outputs=True)
-        return scores, outputs
+
+def make_prefix_trainer(
+    trainer: type[PrefixRewardTrainer],
+    arguments: RewardArguments,
+    config: RewardConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TokenizedPreference],
+) -> PrefixRewardTrainer:
+    """A trainer over `prefixes_per_pair` prefixes of every pair."""
+    dataset = causal_rows(rows, arguments.prefixes_per_pair, config.seed)
+    made = trainer(model, config, PrefixCollator(tokenizer.pad_token_id), dataset, processing_class=tokenizer)
+    made.label_smoothing = arguments.label_smoothing
+    return made
 
 
-def next_token_scores(model: nn.Module, unwrapped: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
-    """The logit of each token at `positions` [N, P], as the forward before it has it: [N, P].
+def _make_trainer(
+    arguments: RewardArguments, config: RewardConfig, model: PreTrainedModel, *data: Any
+) -> PairRewardTrainer:
+    if arguments.prefixes == "subset":
+        made: PairRewardTrainer = SUBSET(arguments, config, model, *data)
+        return made
+    if not hasattr(model, "score"):
+        raise ConfigError(f"prefixes: causal needs a causal model, {arguments.model} is not: use subset")
+    return make_prefix_trainer(PrefixRewardTrainer, arguments, config, model, *data)
 
-    Only the hidden states before those tokens go through the head: a row has thousands of logits for each of them.
-    unwrapped: the model itself, whose head is looked at; `model` may be what distributes it.
-    """
-    at = positions.clamp(min=1)
 
-    def select(_head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        (hidden,) = args
-        return (hidden.gather(1, (at - 1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])),)
+def _describe(arguments: RewardArguments) -> dict[str, Any]:
+    setting = "subset_ratio" if arguments.prefixes == "subset" else "prefixes_per_pair"
+    return {"loss": PARTIAL_LOSS, "prefixes": arguments.prefixes, setting: getattr(arguments, setting)}
 
-    handle = unwrapped.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
-    finally:
-        handle.remove()
-    return logits.gather(2, inputs["input_ids"].gather(1, at).unsqueeze(-1)).squeeze(-1)
+
+PARTIAL_LOSS = "Bradley-Terry on prefixes of equal length (PARGS, equation 4)"
+PARTIAL = Recipe(seen="prefixes of responses", describe=_describe, make_trainer=_make_trainer)

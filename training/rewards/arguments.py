@@ -1,0 +1,65 @@
+"""What `steersman train reward` is given beyond TRL's RewardConfig."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from steersman.training.configuration import ConfigError
+
+Objective = Literal["partial", "full", "truncated", "vocabulary"]
+
+
+@dataclass
+class RewardArguments:
+    """What is trained on what. Everything else is TRL's RewardConfig: learning_rate, output_dir, …"""
+
+    model: str = field(metadata={"help": "Checkpoint to start from: a causal language model or a reward model."})
+    train_file: str = field(metadata={"help": "JSON lines with prompt, chosen and rejected."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Rows of the same form; accuracy by prefix length is measured on them."}
+    )
+    objective: Objective = field(
+        default="partial",
+        metadata={
+            "help": "partial: PARGS's equation 4, on prefixes. full: on whole responses. truncated: on the beginnings "
+            "of responses. vocabulary: partial, with one output for every next token, from a causal language model."
+        },
+    )
+    keep: float = field(
+        default=0.5,
+        metadata={
+            "help": "With objective=truncated, what is kept of each response from its start: up to 1 a share of its "
+            "tokens, above 1 a number of tokens."
+        },
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Share of labels that are taken to be wrong: from 0 to below 0.5."}
+    )
+    prefixes: Literal["subset", "causal"] = field(
+        default="subset",
+        metadata={
+            "help": "subset: a random subset of all partial sequences, each its own row. causal: many prefixes of a "
+            "pair from one forward pass; needs a causal model."
+        },
+    )
+    subset_ratio: float = field(default=1.5, metadata={"help": "Partial sequences a pair, with prefixes=subset."})
+    prefixes_per_pair: int = field(default=10, metadata={"help": "Prefixes a pair, with prefixes=causal."})
+    store: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "Precision of the weights' file; accuracy is measured on what it keeps."}
+    )
+
+
+def check(arguments: RewardArguments) -> None:
+    """Raises ConfigError for a value out of range."""
+    if arguments.subset_ratio <= 0 or arguments.prefixes_per_pair < 1:
+        raise ConfigError("subset_ratio is above 0 and prefixes_per_pair at least 1")
+    if arguments.keep <= 0 or (arguments.keep > 1 and arguments.keep != int(arguments.keep)):
+        raise ConfigError(
+            f"keep is a share above 0 and at most 1, or a whole number of tokens above 1, not {arguments.keep:g}"
+        )
+    if not 0 <= arguments.label_smoothing < 0.5:
+        raise ConfigError(
+            f"label_smoothing is from 0 to below 0.5, not {arguments.label_smoothing:g}: of labels that are wrong half "
+            "of the time nothing can be learned"
+        )

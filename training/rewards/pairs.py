@@ -1,0 +1,95 @@
+"""Objectives that score two sequences of a pair, each row by itself: whole responses, their beginnings, prefixes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import RewardTrainer
+
+from steersman.training.data import TokenizedPreference
+from steersman.training.objectives import bradley_terry
+from steersman.training.prefixes import cut, draw_subset, tokens_at
+from steersman.training.rewards.arguments import RewardArguments
+from steersman.training.rewards.recipe import Recipe
+
+
+class PairRewardTrainer(RewardTrainer):
+    """Trains on the ends of two sequences, with labels of which a share `label_smoothing` is taken to be wrong."""
+
+    label_smoothing = 0.0
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        # TRL's own loss is computed beside ours: its metrics are what it logs.
+        _, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        loss = self._loss(*outputs.logits.squeeze(-1).chunk(2))
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss(self, chosen: Tensor, rejected: Tensor, mask: Tensor | None = None) -> Tensor:
+        loss = bradley_terry(chosen, rejected, mask, label_smoothing=self.label_smoothing)
+        if self.args.center_rewards_coefficient is not None:
+            sums = (chosen + rejected).square()
+            kept = sums if mask is None else sums.masked_select(mask)
+            loss = loss + self.args.center_rewards_coefficient * kept.mean()
+        return loss
+
+
+def whole_rows(rows: Sequence[TokenizedPreference]) -> Dataset:
+    return Dataset.from_list(
+        [{"chosen_ids": row.prompt + row.chosen, "rejected_ids": row.prompt + row.rejected} for row in rows]
+    )
+
+
+def subset_rows(rows: Sequence[TokenizedPreference], ratio: float, seed: int) -> Dataset:
+    """Each partial sequence of a random subset as a row of its own."""
+    subset = draw_subset([row.longer for row in rows], ratio, seed)
+    return whole_rows(
+        [TokenizedPreference(rows[n].prompt, cut(rows[n].chosen, i), cut(rows[n].rejected, i)) for n, i in subset]
+    )
+
+
+def truncate(rows: Sequence[TokenizedPreference], keep: float) -> list[TokenizedPreference]:
+    """The beginnings of all responses (Shallow Preference Signals): up to 1 a share of each one's own tokens, at least
+    one of them, above 1 a number of tokens. A cut is given no end token."""
+
+    def begin(response: list[int]) -> list[int]:
+        return cut(response, tokens_at(keep, len(response)) if keep <= 1 else int(keep))
+
+    return [TokenizedPreference(row.prompt, begin(row.chosen), begin(row.rejected)) for row in rows]
+
+
+def train_on(make_rows: Callable[[RewardArguments, Sequence[TokenizedPreference], int], Dataset]) -> Any:
+    """A recipe's `make_trainer` over the rows that are made of the pairs, given the arguments and the seed."""
+
+    def make_trainer(
+        arguments: RewardArguments,
+        config: RewardConfig,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[TokenizedPreference],
+    ) -> PairRewardTrainer:
+        dataset = make_rows(arguments, rows, config.seed)
+        trainer = PairRewardTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
+        trainer.label_smoothing = arguments.label_smoothing
+        return trainer
+
+    return make_trainer
+
+
+FULL = Recipe(
+    seen="whole responses",
+    describe=lambda _: {"loss": "Bradley-Terry on whole responses"},
+    make_trainer=train_on(lambda _arguments, rows, _seed: whole_rows(rows)),
+)
+TRUNCATED = Recipe(
+    seen="the beginnings of responses",
+    describe=lambda arguments: {"loss": "Bradley-Terry on the beginnings of responses", "keep": arguments.keep},
+    make_trainer=train_on(lambda arguments, rows, _seed: whole_rows(truncate(rows, arguments.keep))),
+)
+SUBSET = train_on(lambda arguments, rows, seed: subset_rows(rows, arguments.subset_ratio, seed))

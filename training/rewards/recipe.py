@@ -1,0 +1,50 @@
+"""One objective of `steersman train reward`: what of its training differs from the others'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import RewardTrainer, suppress_seqcls_warning
+
+from steersman.training.accuracy import score_ends
+from steersman.training.configuration import ConfigError, load
+from steersman.training.data import TokenizedPreference
+from steersman.training.rewards.arguments import RewardArguments
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def load_classifier(arguments: RewardArguments) -> Loaded:
+    """A classifier of one label, in float32, and its tokenizer with a padding token that is not the end token."""
+    with suppress_seqcls_warning():
+        model, tokenizer = load(arguments.model, AutoModelForSequenceClassification, num_labels=1)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        # A classifier pools at the last token that is not padding: the end token would never be scored.
+        raise ConfigError(
+            f"{arguments.model}: the tokenizer needs a padding token of its own, other than the end token"
+        )
+    return model, tokenizer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The steps in which one objective differs."""
+
+    seen: str
+    """What is trained on, in the words of the model card."""
+    describe: Callable[[RewardArguments], dict[str, Any]]
+    """Facts for config.json: the loss in words, and the settings that belong to it."""
+    make_trainer: Callable[
+        [RewardArguments, RewardConfig, PreTrainedModel, PreTrainedTokenizerBase, Sequence[TokenizedPreference]],
+        RewardTrainer,
+    ]
+    load: Callable[[RewardArguments], Loaded] = load_classifier
+    score: Callable[[PreTrainedModel, Sequence[Sequence[int]]], torch.Tensor] = score_ends
+    """The rewards of sequences of token ids, [N] float32: what accuracy is measured of."""
+    kind: str = "reward"
+    """What the server takes the checkpoint for."""
