@@ -21,7 +21,8 @@ from steersman.benchmarks import frontier, signals, steering
 from steersman.benchmarks.answers import Answers, connected
 from steersman.benchmarks.common import RESULTS, demo_server
 from steersman.benchmarks.quality import ask_shown, progress_bar
-from steersman.benchmarks.seeds import SEEDS, one_thread, policy_folder, train_missing
+from steersman.benchmarks.runs import one_thread
+from steersman.benchmarks.seeds import SEEDS, policy_folder, train_missing
 from steersman.benchmarks.settings import Setting, world_prompts
 from steersman.benchmarks.sweep import Finding, Sweep
 

@@ -8,17 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from steersman.training.accuracy import accuracy_by_share, score_last_tokens
+from steersman.guidance.reward_loading import load_reward_model
+from steersman.training.accuracy import accuracy_of
 from steersman.training.checkpoints import read_facts
 from steersman.training.data import Preference, TokenizedPreference, tokenize
 from steersman.training.implicit_reward import implicit_accuracy
+from steersman.training.prefixes import SHARES, cut, tokens_at
 from steersman.training.world import gold
 from steersman.training.world.grammar import NAMES, Prompt
 from steersman.training.world.pairs import by_gold
@@ -50,12 +48,23 @@ def measure_writing(
 def measure_reward(
     folder: Path, tokenizer: PreTrainedTokenizerFast, test_pairs: Sequence[dict[str, Any]]
 ) -> dict[str, float]:
-    """Accuracy against gold order (no label noise) by share of the longer response."""
+    """Accuracy against gold order (no label noise) by share of the longer response, as the server reads the model."""
+    model = load_reward_model(folder.name, str(folder), tokenizer)
     rows = _in_gold_order(test_pairs, tokenizer)
-    if read_facts(folder)["kind"] == "vocabulary":
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-        return accuracy_by_share(model, rows, score_last_tokens)
-    return accuracy_by_share(AutoModelForSequenceClassification.from_pretrained(folder, dtype="float32"), rows)
+    # All beginnings of a pair at once: what they share is read once.
+    cuts = [[tokens_at(share, row.longer) for share in SHARES] for row in rows]
+    beginnings = [
+        [cut(side, i) for side in (r.chosen, r.rejected) for i in at] for r, at in zip(rows, cuts, strict=True)
+    ]
+    scored = [model.score_answers(row.prompt, texts)[0] for row, texts in zip(rows, beginnings, strict=True)]
+    rewards = torch.tensor(scored).view(len(rows), 2, len(SHARES))
+
+    def at_cuts(wanted: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        places = torch.tensor([at.index(i) for at, i in zip(cuts, wanted, strict=True)])
+        chosen, rejected = rewards[torch.arange(len(rows)), :, places].unbind(dim=1)
+        return chosen, rejected
+
+    return accuracy_of(at_cuts, rows)
 
 
 def measure_policy(

@@ -1,0 +1,139 @@
+"""`python -m steersman.benchmarks.objectives`: every objective's reward models and policies, trained and decoded with.
+
+Three seeds; a seed draws preference pairs of its own, on which every model of that seed is trained, for as many epochs.
+Strengths are tuned on other prompts than reported. Beside them TRL's own trainers.
+"""
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from steersman.benchmarks import objective_tables
+from steersman.benchmarks.answers import Answers, Server, connected, summarise
+from steersman.benchmarks.common import RESULTS, demo_server
+from steersman.benchmarks.objective_tables import METHODS, Measured
+from steersman.benchmarks.plain_trl import PlainRun
+from steersman.benchmarks.quality import BETAS, ask_shown, progress_bar
+from steersman.benchmarks.runs import Pairs, Run, SmallLanguageModel, finish, one_thread
+from steersman.benchmarks.settings import Setting, world_prompts
+from steersman.benchmarks.sweep import BASE
+from steersman.demo import MODELS, WORLD
+from steersman.training.world.pairs import read_rows
+from steersman.training.world.quality import measure_implicit_reward, measure_reward
+
+SEEDS = (0, 1, 2)
+_PORT, _TUNING = 8034, 60
+
+
+def main(argv: Sequence[str]) -> int:
+    """Writes RESULTS/objectives.* and RESULTS/truncation.*."""
+    parser = argparse.ArgumentParser(prog="python -m steersman.benchmarks.objectives", description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="Keep what is trained here, and use what is there.")
+    parser.add_argument("--pairs", type=int, default=4000, help="Preference pairs of each seed.")
+    parser.add_argument("--prompts", type=int, default=100, help="Prompts of each seed.")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(list(argv))
+    with progress_bar() as progress:
+        pairs = [Pairs(_pairs(args.work, seed), args.pairs, seed) for seed in SEEDS]
+        finish([SmallLanguageModel(args.work), *pairs], progress, "language model and pairs")
+        finish([_run(args.work, name, seed) for seed in SEEDS for name in METHODS], progress, "training")
+    accuracy = _measure(args.work)
+    betas, answers = asyncio.run(_decode(args.work, args.prompts))
+    for stem, finding in objective_tables.find(Measured(accuracy, betas, answers)).items():
+        finding.write(args.out / stem, Console())
+    return 0
+
+
+def _folder(work: Path, name: str, seed: int) -> Path:
+    """Where a method's model of a seed lies."""
+    return work / f"seed{seed}" / METHODS[name].folder
+
+
+def _pairs(work: Path, seed: int) -> Path:
+    return work / f"seed{seed}" / "pairs.jsonl"
+
+
+def _run(work: Path, name: str, seed: int) -> Run:
+    method = METHODS[name]
+    start = SmallLanguageModel(work).path if method.kind == "reward" else MODELS / "base"
+    data: dict[str, Any] = {"model": start, "train_file": _pairs(work, seed), "validation_file": "", "seed": seed}
+    flags = {**data, **dict(method.flags)}
+    kind: type[Run] = PlainRun if method.trl else Run
+    return kind(method.kind, method.config, _folder(work, name, seed), flags)
+
+
+def _measure(work: Path) -> dict[str, list[dict[str, float]]]:
+    """Method → for each seed, share of the longer response → accuracy against gold order, on the demo's test pairs."""
+    jobs = [(work, name, seed) for name in METHODS for seed in SEEDS]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=one_thread) as pool:
+        found = list(pool.map(_accuracy, *zip(*jobs, strict=True)))
+    seeds = len(SEEDS)
+    return {name: found[n * seeds : (n + 1) * seeds] for n, name in enumerate(METHODS)}
+
+
+def _accuracy(work: Path, name: str, seed: int) -> dict[str, float]:
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "base")
+    folder, rows = _folder(work, name, seed), read_rows(WORLD / "test_pairs.jsonl")
+    if METHODS[name].kind == "reward":
+        return measure_reward(folder, tokenizer, rows)
+    base = AutoModelForCausalLM.from_pretrained(MODELS / "base", dtype="float32").eval()
+    return measure_implicit_reward(folder, base, tokenizer, rows)
+
+
+async def _decode(work: Path, count: int) -> tuple[dict[str, float | None], dict[str, list[Answers]]]:
+    """Each method's strength, chosen with the first seed's model, and each seed's answers with it."""
+    betas: dict[str, float | None] = {}
+    answers: dict[str, list[Answers]] = {}
+    for seed in SEEDS:
+        prompts = world_prompts("reporting")[seed * count : (seed + 1) * count]
+        with (
+            demo_server(None, _PORT, [*_flags(work, seed), "--guidance-cache", "0.1"]) as url,
+            progress_bar() as progress,
+        ):
+            async with connected(url, judge="judge") as server:
+                if seed == SEEDS[0]:
+                    betas = {name: await _tune(server, name, progress) for name in METHODS}
+                for setting in (BASE, *(_setting(name, betas[name]) for name in METHODS)):
+                    given = await ask_shown(server, setting, prompts, progress, seed=seed)
+                    answers.setdefault(setting.name, []).append(given)
+    return betas, answers
+
+
+def _flags(work: Path, seed: int) -> list[str]:
+    flags = {"reward": "--reward-model", "dpo": "--policy"}
+    return [
+        part
+        for name, method in METHODS.items()
+        for part in (flags[method.kind], f"{method.folder}={_folder(work, name, seed)}")
+    ]
+
+
+async def _tune(server: Server, name: str, progress: Any) -> float | None:
+    """The strength of most gold on tuning prompts; None for a policy."""
+    if METHODS[name].kind != "reward":
+        return None
+    tuning, golds = world_prompts("tuning")[:_TUNING], {}
+    for beta in BETAS:
+        found = summarise(name, await ask_shown(server, _setting(name, beta), tuning, progress))
+        assert found.gold is not None
+        golds[beta] = found.gold.mean
+    return max(golds, key=lambda beta: golds[beta])
+
+
+def _setting(name: str, beta: float | None) -> Setting:
+    own = METHODS[name].folder
+    if beta is None:
+        return Setting(name, {"method": "mixed", "policy": own, "mix": 1.0})
+    return Setting(name, {"method": "pargs", "reward_model": own, "top_k": 10, "beta": beta})
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
