@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from steersman.guidance.plan import compile_plan
-from steersman.guidance.report import merge_reports
 from steersman.guidance.request import BestOfN, Blockwise, GuidanceError, parse_guidance
 from steersman.server.budget import CacheBudget
 from steersman.server.config import CONFIG_KEY
 from steersman.server.errors import GuidanceFailed, reject
 from steersman.server.registry import LoadedModel, Registry, check_length, name_model, reach
+from steersman.server.reports import Finished, ReportCollector
 from steersman.server.search import Search, check_search, run_search
 from steersman.server.vllm import EngineClient, EngineDeadError, RequestOutput, RequestOutputKind, SamplingParams
 
@@ -41,6 +41,7 @@ class GuidedEngine:
         self.registry = registry
         self.budget = CacheBudget({m.name: m.cache_blocks for m in registry.models.values() if m.cache_blocks})
         self._reports: dict[str, dict[int, dict[str, Any]]] = {}
+        self._collector = ReportCollector(self._finish, sharded=registry.sharded)
         self._cleaning: set[asyncio.Task[Any]] = set()
 
     def __getattr__(self, name: str) -> Any:
@@ -193,6 +194,7 @@ class GuidedEngine:
                 aclosing(self._engine.generate(prompt, params, request_id, **kwargs)) as outputs,
             ):
                 async for output in outputs:
+                    finished = []
                     for choice in output.outputs:
                         if delta:
                             responses[choice.index].extend(choice.token_ids)
@@ -200,7 +202,8 @@ class GuidedEngine:
                             responses[choice.index] = list(choice.token_ids)
                         if choice.finish_reason is not None and choice.index in unfinished:
                             unfinished.discard(choice.index)
-                            await self._collect(ticket, choice.index, responses[choice.index])
+                            finished.append(self._collect(ticket, choice.index, responses[choice.index]))
+                    await asyncio.gather(*finished)
                     yield output
         finally:
             # The request is already aborted in the engine; its caches are given back behind that, in order.
@@ -208,7 +211,7 @@ class GuidedEngine:
                 self._in_background(self._forget(ticket, index))
 
     async def _collect(self, ticket: _Ticket, index: int, response: list[int]) -> None:
-        report = await self._finish(ticket, index, response)
+        report = await self._collector.collect((ticket.key, ticket.choice_seed(index), response))
         if report is None:
             return
         error = report.pop("error")
@@ -217,13 +220,11 @@ class GuidedEngine:
         self._name_tokens(report)
         self._reports.setdefault(ticket.key, {})[index] = report
 
-    async def _finish(self, ticket: _Ticket, index: int, response: list[int]) -> dict[str, Any] | None:
-        args = ticket.key, ticket.choice_seed(index), response
-        replies = await self._engine.collective_rpc("steersman_finish", args=args)
-        reports = [reply for reply in replies if reply is not None]
-        if not reports:
-            return None
-        return merge_reports(reports) if self.registry.sharded else reports[0]
+    async def _finish(self, finished: list[Finished]) -> list[list[dict[str, Any] | None] | None]:
+        replies: list[list[dict[str, Any] | None] | None] = await self._engine.collective_rpc(
+            "steersman_finish", args=(finished,)
+        )
+        return replies
 
     def _name_tokens(self, report: dict[str, Any]) -> None:
         """Adds their texts to the tokens of a trace; a report without one has no such field."""
@@ -240,7 +241,7 @@ class GuidedEngine:
 
     async def _forget(self, ticket: _Ticket, index: int) -> None:
         with suppress(EngineDeadError):
-            await self._finish(ticket, index, [])
+            await self._collector.collect((ticket.key, ticket.choice_seed(index), []))
 
     def _in_background(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.get_running_loop().create_task(work)

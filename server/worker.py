@@ -5,6 +5,7 @@ from typing import Any
 
 from steersman.server.loading import WorkerRuntime
 from steersman.server.partial_prefill import keep_seeded_requests_alive, partial_rows
+from steersman.server.reports import Finished
 
 
 class GuidanceWorkerExtension:
@@ -32,11 +33,13 @@ class GuidanceWorkerExtension:
             "policies": [policy.describe() for policy in runtime.policies.values()],
         }
 
-    def steersman_finish(self, key: str, seed: int | None, response: list[int]) -> dict[str, Any] | None:
-        """Releases one choice of a request and reports on its `response` tokens."""
+    def steersman_finish(self, finished: list[Finished]) -> list[dict[str, Any] | None] | None:
+        """Releases choices and reports on their tokens; None for a choice that this worker knows nothing of."""
         runtime = self._steersman_runtime()
-        report = None if runtime is None else runtime.finish((key, seed), response)
-        return None if report is None else asdict(report)
+        if runtime is None:
+            return None
+        reports = [runtime.finish((key, seed), response) for key, seed, response in finished]
+        return [None if report is None else asdict(report) for report in reports]
 
     def steersman_score(self, name: str, prompt: list[int], response: list[int]) -> list[float] | str | None:
         """A reward model's value after each token of `response`, or why it could not be had."""

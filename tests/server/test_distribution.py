@@ -2,14 +2,29 @@
 
 import asyncio
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ONE_PROCESS
 from tests.support.distribution import CASES, COARSE_CASES, DRAWS, FEW_DRAWS, Case, check_draws
 from tests.support.oracle import load_oracle
 from tests.support.server import Server
 from tests.support.traffic import Asked, ask, gather_limited
+
+
+@pytest.fixture(scope="module")
+def wide_server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with room for all draws of a few requests at once: the shared one preempts more than it decodes."""
+    flags = [
+        *(str(models / "base"), "--served-model-name", "base", "--dtype", "float32", "--enforce-eager"),
+        *("--distributed-executor-backend", ONE_PROCESS, "--max-model-len", "256", "--max-num-seqs", "256"),
+        *("--reward-model", f"first={models / 'first'}", "--reward-model", f"second={models / 'second'}"),
+        *("--policy", f"expert={models / 'expert'}", "--policy", f"other={models / 'other'}"),
+    ]
+    with Server(tmp_path_factory.mktemp("wide") / "log", *flags) as running:
+        yield running
 
 
 @pytest.fixture
@@ -21,8 +36,8 @@ def prompt() -> list[int]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_tokens(server: Server, models: Path, prompt: list[int], name: str) -> None:
-    _check(server, models, prompt, CASES[name], 2, DRAWS)
+def test_two_tokens(wide_server: Server, models: Path, prompt: list[int], name: str) -> None:
+    _check(wide_server, models, prompt, CASES[name], 2, DRAWS)
 
 
 @pytest.mark.parametrize("name", COARSE_CASES)
