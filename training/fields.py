@@ -1,0 +1,118 @@
+"""What a preference row's fields must hold, whatever the tokenizer, and every way in which they may not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from steersman.training.segments import find_segment_problems
+
+TEXTS = ("prompt", "chosen", "rejected")
+RESPONSES = ("chosen", "rejected")
+NUMBERS = ("score_chosen", "score_rejected", "strength")
+SEGMENTS = ("chosen_segments", "rejected_segments")
+
+
+def find_problems(values: dict[str, Any]) -> Iterator[str]:
+    """All that is wrong with a row; nothing where it can be trained on."""
+    problems = list(_find_text_problems(values))
+    yield from problems
+    for name in NUMBERS:
+        if name in values:
+            yield from _find_number_problems(name, values[name])
+    texts = values if problems else with_prompt(values)
+    for response, name in zip(RESPONSES, SEGMENTS, strict=True):
+        if name in values and response in texts:
+            text = response_text(texts[response])
+            yield from find_segment_problems(name, values[name], text)
+
+
+def with_prompt(values: dict[str, Any]) -> dict[str, Any]:
+    """The row's prompt and responses, by TRL's rule: where chosen and rejected hold the whole conversation, the prompt
+    is what they share.
+
+    Messages are shared whole, text to the character. Raises ValueError where they share nothing.
+    """
+    if "prompt" in values and isinstance(values["prompt"], type(values["chosen"])):
+        return {name: values[name] for name in TEXTS}
+    from trl.data_utils import extract_prompt  # which takes seconds to import, and most rows have a prompt
+
+    row: dict[str, Any] = extract_prompt({name: values[name] for name in RESPONSES})
+    # TRL's function answers with something else where the first characters or messages differ.
+    if not row["prompt"] or any(row["prompt"] + row[name] != values[name] for name in RESPONSES):
+        raise ValueError(
+            "without a prompt of their own kind, chosen and rejected begin with it: these begin differently"
+        )
+    return row
+
+
+def response_text(response: Any) -> str | None:
+    """What segments cut up: the response's text, or its only message's; None where there is no such thing."""
+    if isinstance(response, list) and len(response) == 1 and isinstance(response[0], dict):
+        response = response[0].get("content")
+    return response if isinstance(response, str) else None
+
+
+def _find_text_problems(values: dict[str, Any]) -> Iterator[str]:
+    missing = [name for name in RESPONSES if name not in values]
+    yield from (f"field '{name}' is missing" for name in missing)
+    problems: list[str] = []
+    for name in TEXTS:
+        if name in values:
+            problems += _find_value_problems(name, values[name])
+    yield from problems
+    if missing or problems:
+        return
+    kinds = {name: type(values[name]) for name in TEXTS if name in values}
+    if kinds["chosen"] != kinds["rejected"] or (kinds.get("prompt") is list and kinds["chosen"] is str):
+        yield "prompt, chosen and rejected are all text or all lists of messages, not of different kinds"
+        return
+    try:
+        row = with_prompt(values)
+    except ValueError as error:
+        yield str(error)
+        return
+    yield from (f"'{name}' is empty after the prompt" for name in RESPONSES if _is_empty(row[name]))
+
+
+def _find_value_problems(name: str, value: Any) -> Iterator[str]:
+    if not isinstance(value, str | list):
+        yield f"'{name}' is {value!r:.40}: prompt, chosen and rejected are all text or all lists of messages"
+    elif _is_empty(value):
+        yield f"'{name}' is empty"
+    elif isinstance(value, str):
+        yield from _find_letter_problems(f"'{name}'", value)
+    else:
+        for number, message in enumerate(value, 1):
+            yield from _find_message_problems(f"message {number} of '{name}'", message)
+
+
+def _find_message_problems(name: str, message: Any) -> Iterator[str]:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        yield f"{name} is not an object with a role and a content"
+    elif isinstance(message.get("content"), str):
+        yield from _find_letter_problems(name, message["content"])
+    elif "tool_calls" not in message or message.get("content") is not None:
+        yield f"{name} has a content that is not text"
+
+
+def _find_letter_problems(name: str, text: str) -> Iterator[str]:
+    """JSON can write half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        yield f"{name} holds {text[error.start]!r}, which is half a character"
+
+
+def _find_number_problems(name: str, value: Any) -> Iterator[str]:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        yield f"'{name}' is {value!r:.40}, not a finite number"
+    elif name == "strength" and value <= 0:
+        yield f"'strength' is {value!r}: how much better chosen is, above 0"
+
+
+def _is_empty(value: str | list[Any]) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    return not value or all(isinstance(m, dict) and m.get("content") == "" and "tool_calls" not in m for m in value)
