@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from steersman.training.fields import NUMBERS, RESPONSES, SEGMENTS, find_problems, with_prompt
+from steersman.training.fields import NUMBERS, RESPONSES, SEGMENTS, check_row, with_prompt
 from steersman.training.segments import SegmentedResponse, place_segments, scored_aspects
-from steersman.training.sources import DataError, Row, read_rows
-
-__all__ = ["DataError", "Preference", "TokenizedPreference", "load_preferences", "read_preferences", "tokenize"]
+from steersman.training.sources import DataError, Row, first_line, read_rows
 
 
 @dataclass(frozen=True)
@@ -67,21 +65,40 @@ def load_preferences(
     needed: names of numbers that every row must have: score_chosen, score_rejected, strength.
     aspects: if any, every row must have segments with a score for each of them.
     """
-    if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no end token: name one as eos_token in its tokenizer_config.json")
-    rows, scored = [], None
+    check_tokenizer(tokenizer)
+    rows = []
+    scored: set[str] = set()
     for row in read_preferences(source):
         for name in needed:
             if getattr(row, name) is None:
                 raise DataError(f"{row.where}: '{name}' is missing, which this training needs in every row")
-        if aspects:
-            here = _aspects(row, aspects)
+        for name in SEGMENTS if aspects else ():
+            here = _scored_aspects(row, name, aspects)
             if here != (scored := scored or here):
-                raise DataError(f"{row.where}: aspects are {_listed(here)}, those of the rows before {_listed(scored)}")
+                before = ", ".join(sorted(scored))
+                raise DataError(
+                    f"{row.where}: aspects of '{name}' are {', '.join(sorted(here))}, those of the rows before {before}"
+                )
         rows.append(tokenize(row, tokenizer, window, aspects))
     if not rows:
         raise DataError(f"{source}: no rows")
     return rows
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """A checkpoint's tokenizer; raises DataError."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # broken files raise what the tokenizer's library likes
+        raise DataError(f"{path}: its tokenizer can't be loaded: {first_line(error)}") from None
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises DataError if responses can't be given an end."""
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"{tokenizer.name_or_path}: the tokenizer has no end token: name one as eos_token in tokenizer_config.json"
+        )
 
 
 def read_preferences(source: str | Path) -> Iterator[Preference]:
@@ -92,8 +109,7 @@ def read_preferences(source: str | Path) -> Iterator[Preference]:
 
 def preference(row: Row) -> Preference:
     """The row as a preference; raises DataError with the first of its problems."""
-    for problem in [row.problem] if row.problem else find_problems(row.values):
-        raise DataError(f"{row.where}: {problem}")
+    check_row(row)
     optional = {name: row.values.get(name) for name in (*NUMBERS, *SEGMENTS)}
     return Preference(**with_prompt(row.values), where=row.where, **optional)
 
@@ -105,41 +121,39 @@ def tokenize(
 
     aspects: if any, the row's segments are read, with their scores in this order.
     """
-    if isinstance(row.prompt, str):
-        prompt = tokenizer(row.prompt)["input_ids"]
-    else:
-        prompt = tokenizer(_render(row, tokenizer, []), add_special_tokens=False)["input_ids"]
-    texts = {name: _response_text(row, name, tokenizer) for name in RESPONSES}
-    ids = {name: _response_ids(text, tokenizer) for name, text in texts.items()}
+    prompt = prompt_ids(row, tokenizer)
+    texts = {name: response_text(row, name, tokenizer) for name in RESPONSES}
+    ids = {name: response_ids(text, tokenizer) for name, text in texts.items()}
     for name in RESPONSES:
-        if len(prompt) + len(ids[name]) > window:
-            raise DataError(
-                f"{row.where}: prompt and '{name}' have {len(prompt) + len(ids[name])} tokens, the window {window}"
-            )
+        check_length(row.where, name, len(prompt) + len(ids[name]), window)
     optional: dict[str, Any] = {name: getattr(row, name) for name in NUMBERS}
     for response, name in zip(RESPONSES, SEGMENTS, strict=True):
         if aspects:
-            try:
-                placed = place_segments(getattr(row, name), texts[response], tokenizer, aspects)
-            except DataError as error:
-                raise DataError(f"{row.where}: '{name}': {error}") from None
-            optional[name] = SegmentedResponse([*placed.ends[:-1], len(ids[response])], placed.scores)
+            optional[name] = segmented(row, name, texts[response], ids[response], tokenizer, aspects)
     return TokenizedPreference(prompt, ids["chosen"], ids["rejected"], **optional)
 
 
-def _aspects(row: Preference, needed: Sequence[str]) -> set[str]:
-    """The aspects that both responses' segments are scored by, of which none that is needed may be missing."""
-    for name in SEGMENTS:
-        if getattr(row, name) is None:
-            raise DataError(f"{row.where}: '{name}' is missing: `steersman data segment` adds it")
-    scored = scored_aspects([*(row.chosen_segments or []), *(row.rejected_segments or [])])
+def _scored_aspects(row: Preference, name: str, needed: Sequence[str]) -> set[str]:
+    """The aspects that a response's segments are scored by, of which none that is needed may be missing."""
+    segments = getattr(row, name)
+    if segments is None:
+        raise DataError(f"{row.where}: '{name}' is missing: `steersman data segment` adds it")
+    scored = scored_aspects(segments)
     for aspect in needed:
         if aspect not in scored:
-            raise DataError(f"{row.where}: segments have no score for '{aspect}': `steersman data annotate` adds it")
+            raise DataError(f"{row.where}: '{name}' has no scores for '{aspect}': `steersman data annotate` adds them")
     return scored
 
 
-def _response_text(row: Preference, field: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def prompt_ids(row: Preference, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The prompt's ids, up to where a chat template has the response begin."""
+    chat = not isinstance(row.prompt, str)
+    text = _render(row, tokenizer, []) if chat else row.prompt
+    ids: list[int] = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    return ids
+
+
+def response_text(row: Preference, field: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """What follows the prompt, as a chat template writes it where the response is messages."""
     response = getattr(row, field)
     if isinstance(response, str):
@@ -151,10 +165,31 @@ def _response_text(row: Preference, field: str, tokenizer: PreTrainedTokenizerBa
     return rendered[len(opening) :].rstrip()
 
 
-def _response_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def response_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """A response's ids up to and with its end token, which a chat template may have written already."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+
+
+def check_length(where: str, field: str, length: int, window: int) -> None:
+    if length > window:
+        raise DataError(f"{where}: prompt and '{field}' have {length} tokens, the window {window}")
+
+
+def segmented(
+    row: Preference,
+    field: str,
+    text: str,
+    ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    aspects: Sequence[str],
+) -> SegmentedResponse:
+    """The segments of a response whose text and ids are given; its end token belongs to the last of them."""
+    try:
+        placed = place_segments(getattr(row, field), text, tokenizer, aspects)
+    except DataError as error:
+        raise DataError(f"{row.where}: '{field}': {error}") from None
+    return SegmentedResponse([*placed.ends[:-1], len(ids)], placed.scores)
 
 
 def _render(row: Preference, tokenizer: PreTrainedTokenizerBase, response: list[dict[str, str]]) -> str:
@@ -165,7 +200,3 @@ def _render(row: Preference, tokenizer: PreTrainedTokenizerBase, response: list[
     except Exception as error:  # templates are programs: they raise what they like
         reason = " ".join(str(error).split())
         raise DataError(f"{row.where}: the chat template refuses the messages: {reason}") from None
-
-
-def _listed(aspects: set[str]) -> str:
-    return ", ".join(sorted(aspects))

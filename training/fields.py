@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from steersman.training.segments import find_segment_problems
+from steersman.training.sources import DataError, Row
 
 TEXTS = ("prompt", "chosen", "rejected")
 RESPONSES = ("chosen", "rejected")
@@ -26,6 +27,12 @@ def find_problems(values: dict[str, Any]) -> Iterator[str]:
         if name in values and response in texts:
             text = response_text(texts[response])
             yield from find_segment_problems(name, values[name], text)
+
+
+def check_row(row: Row) -> None:
+    """Raises DataError with the row's first problem."""
+    for problem in [row.problem] if row.problem else find_problems(row.values):
+        raise DataError(f"{row.where}: {problem}")
 
 
 def with_prompt(values: dict[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,11 @@ def read_rows(source: str | Path) -> Iterator[Row]:
     raise DataError(f"{source}: no such file")
 
 
+def first_line(error: Exception) -> str:
+    """What another library says is wrong, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _read_lines(path: Path) -> Iterator[Row]:
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -71,7 +76,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                 number += 1
                 yield Row(f"{path}:row {number}", _without_nulls(values))
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}:row {number + 1}: not Parquet: {_first_line(error)}") from None
+        raise DataError(f"{path}:row {number + 1}: not Parquet: {first_line(error)}") from None
 
 
 def _read_dataset(name: str, split: str) -> Iterator[Row]:
@@ -82,7 +87,7 @@ def _read_dataset(name: str, split: str) -> Iterator[Row]:
         rows = load_dataset(name, split=split)
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
-            f"{name}: split '{split}' can't be loaded: {_first_line(error)}; SOURCE:SPLIT names another split, and "
+            f"{name}: split '{split}' can't be loaded: {first_line(error)}; SOURCE:SPLIT names another split, and "
             "`hf download --repo-type dataset` fetches a Hub dataset into a folder, which can be named instead"
         ) from None
     for number, values in enumerate(rows, 1):
@@ -94,7 +99,3 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
