@@ -90,7 +90,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # broken files raise what the tokenizer's library likes
-        raise DataError(f"{path}: its tokenizer can't be loaded: {first_line(error)}") from None
+        raise DataError(f"{path} can't be loaded: {first_line(error)}") from None
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

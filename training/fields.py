@@ -48,9 +48,7 @@ def with_prompt(values: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = extract_prompt({name: values[name] for name in RESPONSES})
     # TRL's function answers with something else where the first characters or messages differ.
     if not row["prompt"] or any(row["prompt"] + row[name] != values[name] for name in RESPONSES):
-        raise ValueError(
-            "without a prompt of their own kind, chosen and rejected begin with it: these begin differently"
-        )
+        raise ValueError("chosen and rejected begin differently: without a prompt of their kind, both begin with it")
     return row
 
 
