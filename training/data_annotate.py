@@ -76,7 +76,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--base-url", required=True, help="the endpoint, such as http://127.0.0.1:8000/v1")
     parser.add_argument("--judge", required=True, metavar="MODEL", help="the model's name there")
     parser.add_argument(
-        "--aspects", type=lambda text: text.split(","), default=list(ASPECTS), help=f"default {','.join(ASPECTS)}"
+        "--aspects", type=_names, default=list(ASPECTS), metavar="A,B,…", help=f"default {','.join(ASPECTS)}"
     )
     parser.add_argument("--prompts", type=Path, metavar="FOLDER", help="frame.md and ASPECT.md used instead of our own")
     parser.add_argument(
@@ -108,6 +108,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
 def _temperature(text: str) -> float | None:
     return None if text == "default" else float(text)
 
@@ -122,7 +126,7 @@ def _read(source: str) -> list[Row]:
     for row in tqdm(read_rows(source), desc="rows", unit=""):
         check_row(row)
         for name in SEGMENTS:
-            if name not in row.values:
+            if row.values.get(name) is None:
                 raise DataError(f"{row.where}: '{name}' is missing: `steersman data segment` adds it")
         rows.append(row)
     if not rows:
@@ -150,7 +154,7 @@ def _take_over(rows: Sequence[Row], arguments: argparse.Namespace) -> None:
 
 def _identity(values: Mapping[str, Any]) -> str:
     """The row without scores."""
-    bare = {name: [segment["text"] for segment in values[name]] for name in SEGMENTS if name in values}
+    bare = {name: [segment["text"] for segment in values[name]] for name in SEGMENTS if values.get(name)}
     return json.dumps({**values, **bare}, sort_keys=True, default=str)
 
 

@@ -41,7 +41,7 @@ def with_segments(row: Row) -> dict[str, Any]:
     check_row(row)
     values = row.values | with_prompt(row.values)
     for response, name in zip(RESPONSES, SEGMENTS, strict=True):
-        if name not in values:
+        if values.get(name) is None:
             text = response_text(values[response])
             if text is None:
                 raise DataError(f"{row.where}: '{response}' is several messages: segments need a response of one")

@@ -16,15 +16,15 @@ SEGMENTS = ("chosen_segments", "rejected_segments")
 
 
 def find_problems(values: dict[str, Any]) -> Iterator[str]:
-    """All that is wrong with a row; nothing where it can be trained on."""
+    """All that is wrong with a row; nothing where it can be trained on. A null is a field that isn't there."""
     problems = list(_find_text_problems(values))
     yield from problems
     for name in NUMBERS:
-        if name in values:
+        if values.get(name) is not None:
             yield from _find_number_problems(name, values[name])
     texts = values if problems else with_prompt(values)
     for response, name in zip(RESPONSES, SEGMENTS, strict=True):
-        if name in values and response in texts:
+        if values.get(name) is not None and response in texts:
             text = response_text(texts[response])
             yield from find_segment_problems(name, values[name], text)
 
@@ -60,16 +60,16 @@ def response_text(response: Any) -> str | None:
 
 
 def _find_text_problems(values: dict[str, Any]) -> Iterator[str]:
+    values = {name: values[name] for name in TEXTS if values.get(name) is not None}
     missing = [name for name in RESPONSES if name not in values]
     yield from (f"field '{name}' is missing" for name in missing)
     problems: list[str] = []
-    for name in TEXTS:
-        if name in values:
-            problems += _find_value_problems(name, values[name])
+    for name, value in values.items():
+        problems += _find_value_problems(name, value)
     yield from problems
     if missing or problems:
         return
-    kinds = {name: type(values[name]) for name in TEXTS if name in values}
+    kinds = {name: type(value) for name, value in values.items()}
     if kinds["chosen"] != kinds["rejected"] or (kinds.get("prompt") is list and kinds["chosen"] is str):
         yield "prompt, chosen and rejected are all text or all lists of messages, not of different kinds"
         return

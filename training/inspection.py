@@ -112,18 +112,18 @@ class _AmongRows:
                 if aspects != self._aspects:
                     before, here = (", ".join(sorted(names)) for names in (self._aspects, aspects))
                     yield "error", f"the aspects of '{name}' are {here}, those of the rows before {before}"
-            if name in row.values:
+            if row.values.get(name):
                 self._count(f"scores in '{name}'", row.where, bool(aspects))
         for name in (*NUMBERS, *SEGMENTS):
-            self._count(f"'{name}'", row.where, name in row.values)
+            self._count(f"'{name}'", row.where, row.values.get(name) is not None)
 
     def find_gaps(self) -> Iterator[Problem]:
         """What some rows have and others don't: for each such thing the first row without it."""
         for name, places in self._lacking.items():
             having = self._having.get(name, 0)
             if having or name.startswith("scores in"):
-                others = f" and in {len(places) - 1} more rows" if len(places) > 1 else ""
-                yield Problem(places[0], "warning", f"no {name} here{others}, but in {having} rows")
+                rows = f"{len(places)} of {len(places) + having} rows"
+                yield Problem(places[0], "warning", f"{rows} lack {name}, this the first")
 
     def _count(self, name: str, where: str, there: bool) -> None:
         if there:

@@ -119,9 +119,6 @@ class Answers:
                 "INSERT OR REPLACE INTO answers VALUES (?, ?)", (self._key(question), json.dumps(scores))
             )
 
-    def close(self) -> None:
-        self._file.close()
-
     def _key(self, question: Question) -> str:
         return hashlib.sha256(json.dumps([self._model, question.prompt]).encode()).hexdigest()
 

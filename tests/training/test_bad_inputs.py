@@ -46,7 +46,7 @@ CASES = {
     "no chosen": Case("field 'chosen' is missing", without("chosen")),
     "no rejected": Case("field 'rejected' is missing", without("rejected")),
     "no prompt to be found": Case("chosen and rejected begin differently", without("prompt")),
-    "null": Case("'chosen' is None: prompt, chosen", GOOD | {"chosen": None}),
+    "null": Case("field 'chosen' is missing", GOOD | {"chosen": None}),
     "a number": Case("'rejected' is 3: prompt, chosen", GOOD | {"rejected": 3}),
     "empty prompt": Case("'prompt' is empty", GOOD | {"prompt": ""}),
     "empty response": Case("'chosen' is empty", GOOD | {"chosen": ""}),

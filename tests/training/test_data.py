@@ -54,7 +54,7 @@ def test_whole_texts_share_their_prompt_to_the_character(tmp_path: Path) -> None
 
 
 def test_scores_and_strength_are_carried_through(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    path = write(tmp_path, GOOD | {"score_chosen": 7, "score_rejected": -1.5, "strength": 3}, GOOD)
+    path = write(tmp_path, GOOD | {"score_chosen": 7, "score_rejected": -1.5, "strength": 3}, GOOD | {"strength": None})
     scored, plain = load_preferences(path, tokenizer, window=8)
     assert (scored.score_chosen, scored.score_rejected, scored.strength) == (7, -1.5, 3)
     assert (plain.score_chosen, plain.score_rejected, plain.strength) == (None, None, None)
