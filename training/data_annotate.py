@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from steersman.training.data_segment import check_out, write_lines
 from steersman.training.fields import SEGMENTS, check_row, with_prompt
-from steersman.training.judge import Answers, Judge, Question, Templates, Unanswered, Usage
+from steersman.training.judge import Answers, Judge, Question, Templates, Usage, ask_all
 from steersman.training.segments import ASPECTS
 from steersman.training.sources import DataError, Row, read_rows
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     if pending and not arguments.yes:
         _confirm()
     try:
-        failures = asyncio.run(_ask_all(pending, answers, arguments)) if pending else {}
+        failures = asyncio.run(_ask(pending, answers, arguments)) if pending else {}
     except KeyboardInterrupt:
         print("\nstopped: every answer so far is kept, and the same command goes on from there", file=sys.stderr)
         return 130
@@ -207,29 +207,11 @@ def _confirm() -> None:
         raise DataError("not asked for")
 
 
-async def _ask_all(pending: Sequence[Question], answers: Answers, arguments: argparse.Namespace) -> dict[Question, str]:
-    """Asks for and keeps the answers, several at a time; returns what failed, and why."""
-    failures = {}
-    waiting = iter(pending)
+async def _ask(pending: Sequence[Question], answers: Answers, arguments: argparse.Namespace) -> dict[Question, str]:
     key = os.environ.get(arguments.api_key_env or "OPENAI_API_KEY", "none")
     async with AsyncOpenAI(base_url=arguments.base_url, api_key=key, max_retries=RETRIES) as client:
         judge = Judge(client, arguments.judge, arguments.temperature)
-        with tqdm(total=len(pending), desc="answers", unit="") as bar:
-
-            async def work() -> None:
-                for question in waiting:
-                    try:
-                        answers[question] = await judge.ask(question)
-                    except Unanswered as error:
-                        failures[question] = str(error)
-                    bar.update()
-
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(arguments.concurrency):
-                        group.create_task(work())
-            except ExceptionGroup as errors:
-                raise errors.exceptions[0] from None
+        failures = await ask_all(judge, pending, answers, arguments.concurrency)
     print(f"used: {_cost(judge.usage, arguments)}")
     return failures
 

@@ -6,6 +6,7 @@ One prompt asks for one aspect of all segments of one response (2D-DPO, §3.1). 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import sqlite3
@@ -27,12 +28,16 @@ from openai import (
 )
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 from pydantic import BaseModel, ConfigDict, ValidationError
+from tqdm import tqdm
 
 from steersman.training.sources import DataError, first_line
 
 PROMPTS = Path(__file__).parent / "prompts"
 ASKS = 3
 """How often the judge is asked for one answer until it can be read."""
+
+QUOTED = 1000
+"""Characters of an answer that are sent back with what is wrong: one that never ended would fill the window."""
 
 
 class Unanswered(Exception):
@@ -150,7 +155,7 @@ class Judge:
             if text:
                 messages = [
                     {"role": "user", "content": question.prompt},
-                    {"role": "assistant", "content": text},
+                    {"role": "assistant", "content": text[:QUOTED]},
                     {"role": "user", "content": f"That can't be read: {problem} Answer with the JSON object alone."},
                 ]
         raise Unanswered(f"no readable answer in {ASKS} attempts: {problem}")
@@ -163,7 +168,7 @@ class Judge:
         except (APITimeoutError, APIStatusError) as error:
             raise Unanswered(first_line(error)) from None
         except APIConnectionError:
-            raise DataError(f"no judge at {self._client.base_url}") from None
+            raise DataError(f"no judge at {self._client.base_url}; every answer so far is kept") from None
         except (OpenAIError, ValueError):  # a body that isn't JSON
             return ""
         if not isinstance(completion, ChatCompletion) or not completion.choices:
@@ -172,6 +177,31 @@ class Judge:
             self.usage.prompt += completion.usage.prompt_tokens
             self.usage.answer += completion.usage.completion_tokens
         return completion.choices[0].message.content or ""
+
+
+async def ask_all(
+    judge: Judge, questions: Sequence[Question], answers: Answers, concurrency: int
+) -> dict[Question, str]:
+    """Asks and keeps the answers, `concurrency` at a time; returns what failed, and why. Raises DataError."""
+    failures = {}
+    waiting = iter(questions)
+    with tqdm(total=len(questions), desc="answers", unit="") as bar:
+
+        async def work() -> None:
+            for question in waiting:
+                try:
+                    answers[question] = await judge.ask(question)
+                except Unanswered as error:
+                    failures[question] = str(error)
+                bar.update()
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(concurrency):
+                    group.create_task(work())
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+    return failures
 
 
 def _read_scores(text: str, count: int) -> list[int]:

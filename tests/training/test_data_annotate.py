@@ -13,6 +13,7 @@ import pytest
 
 from steersman import cli
 from steersman.training.data_segment import with_segments
+from steersman.training.judge import QUOTED
 from steersman.training.segments import ASPECTS
 from steersman.training.sources import Row
 from tests.support.judge import JudgeServer, completion, entries, score_by_rule
@@ -77,10 +78,10 @@ def test_every_segment_is_scored_by_every_aspect_whatever_the_endpoint_does(tmp_
 def test_an_answer_that_cannot_be_read_is_sent_back_with_what_is_wrong(tmp_path: Path, rng: random.Random) -> None:
     rows = draw_rows(rng, 1)
     source = write_rows(tmp_path / "in.jsonl", *rows)
-    with JudgeServer(lambda number, prompt: (200, completion("Fine!")) if number == 1 else None) as server:
+    with JudgeServer(lambda number, prompt: (200, completion("Fine! " * 999)) if number == 1 else None) as server:
         assert cli.main(command(server, source, tmp_path / "out.jsonl", "--concurrency", "1")) == 0
     _, said, complaint = server.bodies[1]["messages"]
-    assert said == {"role": "assistant", "content": "Fine!"}
+    assert said == {"role": "assistant", "content": ("Fine! " * 999)[:QUOTED]}
     assert "can't be read" in complaint["content"]
 
 
