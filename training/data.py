@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from steersman.training.fields import NUMBERS, RESPONSES, SEGMENTS, check_row, with_prompt
+from steersman.training.fields import NUMBERS, RESPONSES, SEGMENTS, check_row, template_options, with_prompt
 from steersman.training.segments import SegmentedResponse, place_segments, scored_aspects
 from steersman.training.sources import DataError, Row, first_line, read_rows
 
@@ -19,7 +19,7 @@ class Preference:
     """One row; each of prompt and responses is text, or a list of chat messages ({"role", "content"}).
 
     The scores are a judge's of the two responses, `strength` (above 0) is how much better the chosen one is; segments
-    are as `segments.py` has them.
+    are as `segments.py` has them, `template_options` are passed on to the chat template.
     """
 
     prompt: Any
@@ -31,6 +31,7 @@ class Preference:
     strength: float | None = None
     chosen_segments: list[dict[str, Any]] | None = None
     rejected_segments: list[dict[str, Any]] | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,11 @@ def read_preferences(source: str | Path) -> Iterator[Preference]:
 def preference(row: Row) -> Preference:
     """The row as a preference; raises DataError with the first of its problems."""
     check_row(row)
-    optional = {name: row.values.get(name) for name in (*NUMBERS, *SEGMENTS)}
-    return Preference(**with_prompt(row.values), where=row.where, **optional)
+    texts = with_prompt(row.values)
+    optional: dict[str, Any] = {name: row.values.get(name) for name in (*NUMBERS, *SEGMENTS)}
+    if isinstance(texts["prompt"], list):
+        optional["template_options"] = template_options(row.values)
+    return Preference(**texts, where=row.where, **optional)
 
 
 def tokenize(
@@ -195,7 +199,12 @@ def segmented(
 def _render(row: Preference, tokenizer: PreTrainedTokenizerBase, response: list[dict[str, str]]) -> str:
     try:
         return str(
-            tokenizer.apply_chat_template([*row.prompt, *response], tokenize=False, add_generation_prompt=not response)
+            tokenizer.apply_chat_template(
+                [*row.prompt, *response],
+                tokenize=False,
+                add_generation_prompt=not response,
+                **row.template_options,
+            )
         )
     except Exception as error:  # templates are programs: they raise what they like
         reason = " ".join(str(error).split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -52,6 +53,19 @@ def with_prompt(values: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def template_options(values: dict[str, Any]) -> dict[str, Any]:
+    """What a row of messages passes on to the chat template, as in TRL: the fields `tools` (or its JSON) and
+    `chat_template_kwargs`. Raises ValueError."""
+    tools, more = values.get("tools"), values.get("chat_template_kwargs") or {}
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    except ValueError as error:
+        raise ValueError(f"'tools' is not JSON: {error}") from None
+    if not isinstance(tools, list | None) or not isinstance(more, dict):
+        raise ValueError("'tools' is a list, 'chat_template_kwargs' an object")
+    return {"tools": tools, **more}
+
+
 def response_text(response: Any) -> str | None:
     """What segments cut up: the response's text, or its only message's; None where there is no such thing."""
     if isinstance(response, list) and len(response) == 1 and isinstance(response[0], dict):
@@ -59,8 +73,8 @@ def response_text(response: Any) -> str | None:
     return response if isinstance(response, str) else None
 
 
-def _find_text_problems(values: dict[str, Any]) -> Iterator[str]:
-    values = {name: values[name] for name in TEXTS if values.get(name) is not None}
+def _find_text_problems(row: dict[str, Any]) -> Iterator[str]:
+    values = {name: row[name] for name in TEXTS if row.get(name) is not None}
     missing = [name for name in RESPONSES if name not in values]
     yield from (f"field '{name}' is missing" for name in missing)
     problems: list[str] = []
@@ -74,11 +88,13 @@ def _find_text_problems(values: dict[str, Any]) -> Iterator[str]:
         yield "prompt, chosen and rejected are all text or all lists of messages, not of different kinds"
         return
     try:
-        row = with_prompt(values)
+        texts = with_prompt(values)
+        if isinstance(texts["prompt"], list):
+            template_options(row)
     except ValueError as error:
         yield str(error)
         return
-    yield from (f"'{name}' is empty after the prompt" for name in RESPONSES if _is_empty(row[name]))
+    yield from (f"'{name}' is empty after the prompt" for name in RESPONSES if _is_empty(texts[name]))
 
 
 def _find_value_problems(name: str, value: Any) -> Iterator[str]:
@@ -117,7 +133,8 @@ def _find_number_problems(name: str, value: Any) -> Iterator[str]:
         yield f"'strength' is {value!r}: how much better chosen is, above 0"
 
 
-def _is_empty(value: str | list[Any]) -> bool:
-    if isinstance(value, str):
-        return not value.strip()
-    return not value or all(isinstance(m, dict) and m.get("content") == "" and "tool_calls" not in m for m in value)
+def _is_empty(value: Any) -> bool:
+    """Whether a text is, or a list has no message that says or calls something."""
+    if isinstance(value, list):
+        return not any(not isinstance(m, dict) or m.get("tool_calls") or not _is_empty(m.get("content")) for m in value)
+    return isinstance(value, str) and not value.strip()

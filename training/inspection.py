@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -93,8 +94,9 @@ class _AmongRows:
         self._seen: dict[bytes, str] = {}
         self._kind: type | None = None
         self._aspects: set[str] = set()
-        self._having: dict[str, int] = {}
-        self._lacking: dict[str, list[str]] = {}
+        self._having: Counter[str] = Counter()
+        self._lacking: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
 
     def find(self, row: Row, texts: dict[str, Any]) -> Iterator[Finding]:
         prompt, chosen, rejected = texts["prompt"], texts["chosen"], texts["rejected"]
@@ -119,17 +121,16 @@ class _AmongRows:
 
     def find_gaps(self) -> Iterator[Problem]:
         """What some rows have and others don't: for each such thing the first row without it."""
-        for name, places in self._lacking.items():
-            having = self._having.get(name, 0)
+        for name, lacking in self._lacking.items():
+            having = self._having[name]
             if having or name.startswith("scores in"):
-                rows = f"{len(places)} of {len(places) + having} rows"
-                yield Problem(places[0], "warning", f"{rows} lack {name}, this the first")
+                message = f"{lacking} of {lacking + having} rows lack {name}, this the first"
+                yield Problem(self._first[name], "warning", message)
 
     def _count(self, name: str, where: str, there: bool) -> None:
-        if there:
-            self._having[name] = self._having.get(name, 0) + 1
-        else:
-            self._lacking.setdefault(name, []).append(where)
+        (self._having if there else self._lacking)[name] += 1
+        if not there:
+            self._first.setdefault(name, where)
 
 
 def _digest(*texts: Any) -> bytes:

@@ -87,6 +87,8 @@ CASES = {
         first=CHAT,
     ),
     "no template": Case("chat template", CHAT, tokenizer={"chat_template": None}),
+    "tools that are no JSON": Case("'tools' is not JSON", CHAT | {"tools": "[a"}),
+    "tools that are no list": Case("'tools' is a list", CHAT | {"tools": {"a": 1}}),
     "no end token": Case("the tokenizer has no end token", GOOD, place="model", tokenizer={"eos_token": None}),
     "no rows": Case("no rows", "", first="", place="rows.jsonl"),
     "segments are text": Case("'chosen_segments' has no segments", GOOD | {"chosen_segments": "c d"}),

@@ -53,6 +53,15 @@ def test_whole_texts_share_their_prompt_to_the_character(tmp_path: Path) -> None
     assert (row.prompt, row.chosen, row.rejected) == ("Hello.", " Yes", " No")
 
 
+@pytest.mark.parametrize("tools", [[{"name": "g"}], '[{"name": "g"}]'], ids=["tools", "their JSON"])
+def test_tools_and_options_go_to_the_chat_template(tmp_path: Path, tools: Any) -> None:
+    template = "{{ tools[0].name + ' ' + word + ' ' }}{%- for m in messages -%}{{ m.content + ' ' }}{%- endfor -%}"
+    row = {"prompt": said("user", "a"), "chosen": said("assistant", "c"), "rejected": said("assistant", "e")}
+    path = write(tmp_path, row | {"tools": tools, "chat_template_kwargs": {"word": "f"}})
+    (read,) = load_preferences(path, build_word_tokenizer(chat_template=template), window=16)
+    assert (read.prompt, read.chosen) == (token_ids("g f a"), token_ids("c <eos>"))
+
+
 def test_scores_and_strength_are_carried_through(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write(tmp_path, GOOD | {"score_chosen": 7, "score_rejected": -1.5, "strength": 3}, GOOD | {"strength": None})
     scored, plain = load_preferences(path, tokenizer, window=8)
