@@ -26,7 +26,9 @@ class DPOArguments:
     """What is trained on what. Everything else is TRL's DPOConfig: beta, loss_type, learning_rate, output_dir, …"""
 
     model: str = field(metadata={"help": "Causal language model to start from; it is the reference too."})
-    train_file: str = field(metadata={"help": "JSON lines with prompt, chosen and rejected."})
+    train_file: str = field(
+        metadata={"help": "Preference pairs: JSON lines, Parquet, a folder, or a Hub dataset (org/name:split)."}
+    )
     validation_file: str | None = field(
         default=None,
         metadata={

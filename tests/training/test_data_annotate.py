@@ -68,6 +68,7 @@ def test_every_segment_is_scored_by_every_aspect_whatever_the_endpoint_does(tmp_
     with JudgeServer(fault) as server:
         assert cli.main(command(server, source, tmp_path / "out.jsonl", "--concurrency", "3")) == 0
     assert read(tmp_path / "out.jsonl") == scored(rows)
+    assert cli.main(["data", "check", str(tmp_path / "out.jsonl")]) == 0
     assert len(set(server.prompts)) == 6 * 2 * len(ASPECTS)
     assert len(server.prompts) > len(seen)
     first = server.bodies[0]
