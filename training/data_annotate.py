@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs `steersman data annotate IN OUT`; 1 if rows are left without scores. Raises DataError."""
     arguments = _parse(argv)
     rows = _read(arguments.source)
-    _take_over(rows, arguments)
+    in_out = _take_over(rows, arguments)
     questions = _find_questions(rows, Templates(arguments.prompts, arguments.aspects), arguments.aspects)
     answers = Answers(_answers_file(arguments), arguments.judge)
     pending = [question for question in dict.fromkeys(questions.values()) if answers[question] is None]
@@ -57,9 +57,11 @@ def main(argv: Sequence[str]) -> int:
         return 130
     failed = _fill(rows, questions, answers)
     _report(rows, questions, failures)
-    if len(failed) < len(rows):
-        write_lines(arguments.out, (row.values for number, row in enumerate(rows) if number not in failed))
-        print(f"{len(rows) - len(failed)} of {len(rows)} rows in {arguments.out}")
+    # A row of OUT stays, with the scores it has, if what was asked for in addition failed.
+    written = [row.values for number, row in enumerate(rows) if number in in_out or number not in failed]
+    if written:
+        write_lines(arguments.out, written)
+        print(f"{len(written)} of {len(rows)} rows in {arguments.out}")
     if failed:
         print(f"{len(failed)} of {len(rows)} rows failed: the same command asks for them alone", file=sys.stderr)
     return 1 if failed else 0
@@ -134,22 +136,23 @@ def _read(source: str) -> list[Row]:
     return rows
 
 
-def _take_over(rows: Sequence[Row], arguments: argparse.Namespace) -> None:
-    """Scores that OUT has go into the rows; raises DataError if it has rows that would be lost."""
+def _take_over(rows: Sequence[Row], arguments: argparse.Namespace) -> set[int]:
+    """Scores that OUT has go into the rows; returns the numbers of those it has. Raises DataError if it has rows that
+    would be lost."""
     if arguments.overwrite or not arguments.out.exists():
-        return
+        return set()
     known = {}
     for row in read_rows(arguments.out):
         check_row(row)
         known[_identity(row.values)] = row.values
-    for row in rows:
-        for name in SEGMENTS:
-            there = known.get(_identity(row.values), row.values)[name]
-            for segment, scored in zip(row.values[name], there, strict=True):
-                segment["scores"] = scored.get("scores", {}) | segment.get("scores", {})
-    lost = known.keys() - {_identity(row.values) for row in rows}
-    if lost:
+    found = {number: identity for number, row in enumerate(rows) if (identity := _identity(row.values)) in known}
+    if lost := known.keys() - found.values():
         raise DataError(f"{arguments.out}: {len(lost)} of its rows are not in IN: --overwrite drops them")
+    for number, identity in found.items():
+        for name in SEGMENTS:
+            for segment, scored in zip(rows[number].values[name], known[identity][name], strict=True):
+                segment["scores"] = scored.get("scores", {}) | segment.get("scores", {})
+    return set(found)
 
 
 def _identity(values: Mapping[str, Any]) -> str:

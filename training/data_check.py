@@ -35,7 +35,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("source", metavar="FILE", help="JSON lines, Parquet, a folder or a Hub dataset")
     parser.add_argument("--tokenizer", metavar="PATH", help="checkpoint to train, for what depends on its tokens")
     parser.add_argument(
-        "--window", type=int, metavar="N", help="tokens of a prompt and response; default the tokenizer's"
+        "--window",
+        type=int,
+        metavar="N",
+        help="tokens of a prompt and response: max_length of the training; default the tokenizer's",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)

@@ -139,6 +139,6 @@ def _digest(*texts: Any) -> bytes:
 
 def _count_characters(texts: dict[str, Any]) -> Lengths:
     def count(value: str | list[dict[str, Any]]) -> int:
-        return len(value) if isinstance(value, str) else sum(len(str(message.get("content", ""))) for message in value)
+        return len(value) if isinstance(value, str) else sum(len(message.get("content") or "") for message in value)
 
     return count(texts["prompt"]), count(texts["chosen"]), count(texts["rejected"])

@@ -83,7 +83,7 @@ class TokenInspector:
     def _find_special(self, row: Preference) -> Iterator[Finding]:
         for name in ("prompt", *RESPONSES):
             value = getattr(row, name)
-            contents = [value] if isinstance(value, str) else [str(message.get("content", "")) for message in value]
+            contents = [value] if isinstance(value, str) else [message.get("content") or "" for message in value]
             for content in contents:
                 ids = self._tokenizer(content, add_special_tokens=False)["input_ids"]
                 ended = name != "prompt" and isinstance(value, str) and ids[-1:] == [self._tokenizer.eos_token_id]

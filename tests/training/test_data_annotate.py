@@ -122,10 +122,18 @@ def test_rows_in_out_are_not_asked_for_again_nor_lost(
         assert cli.main(command(server, source, out, "--aspects", "clarity,safety")) == 0
         assert len(server.prompts) == 2 * 2
         assert read(out) == scored(rows, ("clarity", "safety"))
-        # Another aspect is asked for, the others stay.
+        # Another aspect is asked for: the others stay, also where it fails.
+        server.fault = lambda number, prompt: (400, "{}") if rows[1]["prompt"] in prompt else None
+        assert cli.main(command(server, source, out, "--aspects", "helpfulness")) == 1
+        assert read(out) == [
+            *scored(rows[:1], ("clarity", "safety", "helpfulness")),
+            *scored(rows[1:2], ("clarity", "safety")),
+            *scored(rows[2:], ("clarity", "safety", "helpfulness")),
+        ]
+        server.fault = lambda number, prompt: None
         server.prompts.clear()
         assert cli.main(command(server, source, out, "--aspects", "helpfulness")) == 0
-        assert len(server.prompts) == 2 * 3
+        assert len(server.prompts) == 2
         assert read(out) == scored(rows, ("clarity", "safety", "helpfulness"))
         # A source that lacks rows of OUT is another task's.
         written = out.read_bytes()
