@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _KINDS = {
     "reward": ("steersman.training.reward", "a reward model, on whole responses or on prefixes"),
@@ -14,16 +14,21 @@ _KINDS = {
 
 def main(argv: Sequence[str]) -> int:
     """Runs `steersman train KIND …`; returns its exit code."""
-    if argv and argv[0] in _KINDS:
-        return int(importlib.import_module(_KINDS[argv[0]][0]).main(argv[1:]))
+    return dispatch("train KIND --config FILE.yaml [flags over it]", "can't be trained", _KINDS, argv)
+
+
+def dispatch(usage: str, refusal: str, modules: Mapping[str, tuple[str, str]], argv: Sequence[str]) -> int:
+    """Runs the `main` of the module that the first argument names; returns its exit code.
+
+    usage: what follows `steersman`, the command first. refusal: what is said of a name that isn't there.
+    modules: by name, the module and a line about it.
+    """
+    if argv and argv[0] in modules:
+        return int(importlib.import_module(modules[argv[0]][0]).main(argv[1:]))
     asked = not argv or argv[0] in ("-h", "--help")
-    usage = "\n".join(["usage: steersman train KIND --config FILE.yaml [flags over it]", "", *_kinds()])
+    text = "\n".join([f"usage: steersman {usage}", "", *(f"  {n:10}{about}" for n, (_, about) in modules.items())])
     print(
-        usage if asked else f"steersman train: {argv[0]!r} can't be trained\n{usage}",
+        text if asked else f"steersman {usage.split()[0]}: {argv[0]!r} {refusal}\n{text}",
         file=None if asked else sys.stderr,
     )
     return 0 if asked and argv else 2
-
-
-def _kinds() -> list[str]:
-    return [f"  {name:10}{text}" for name, (_, text) in _KINDS.items()]

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.scripts.utils import TrlParser
 
-from steersman.training.data import DataError
+from steersman.training.data import DataError, load_tokenizer
 
 Arguments = TypeVar("Arguments")
 Config = TypeVar("Config")
@@ -58,9 +58,9 @@ def one_line(error: Exception) -> ConfigError:
 
 
 def load(path: str, auto_model: Any, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model of an Auto class, in float32, and its tokenizer; raises ConfigError."""
+    """A model of an Auto class, in float32, and its tokenizer; raises ConfigError or DataError."""
+    tokenizer = load_tokenizer(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
         model = auto_model.from_pretrained(path, dtype="float32", **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} can't be loaded: {str(error).splitlines()[0]}") from None

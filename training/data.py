@@ -1,39 +1,51 @@
-"""Preference rows: read from JSON lines, checked, and turned into token ids."""
+"""Preference rows: read, checked, and turned into token ids."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-FIELDS = ("prompt", "chosen", "rejected")
-
-
-class DataError(ValueError):
-    """A row that can't be trained on; the message names its file and line."""
+from steersman.training.fields import NUMBERS, RESPONSES, SEGMENTS, check_row, template_options, with_prompt
+from steersman.training.segments import SegmentedResponse, place_segments, scored_aspects
+from steersman.training.sources import DataError, Row, first_line, read_rows
 
 
 @dataclass(frozen=True)
 class Preference:
-    """One row; each field is text, or a list of chat messages ({"role", "content"})."""
+    """One row; each of prompt and responses is text, or a list of chat messages ({"role", "content"}).
+
+    The scores are a judge's of the two responses, `strength` (above 0) is how much better the chosen one is; segments
+    are as `segments.py` has them, `template_options` are passed on to the chat template.
+    """
 
     prompt: Any
     chosen: Any
     rejected: Any
-    where: str  # "FILE:LINE"
+    where: str  # "FILE:LINE" or "FILE:row N"
+    score_chosen: float | None = None
+    score_rejected: float | None = None
+    strength: float | None = None
+    chosen_segments: list[dict[str, Any]] | None = None
+    rejected_segments: list[dict[str, Any]] | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TokenizedPreference:
-    """Token ids; a response ends with the end token."""
+    """Token ids; a response ends with the end token. None is what the row lacks, and segments nobody asked for."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    score_chosen: float | None = None
+    score_rejected: float | None = None
+    strength: float | None = None
+    chosen_segments: SegmentedResponse | None = None
+    rejected_segments: SegmentedResponse | None = None
 
     @property
     def longer(self) -> int:
@@ -41,73 +53,159 @@ class TokenizedPreference:
         return max(len(self.chosen), len(self.rejected))
 
 
-def load_preferences(path: str | Path, tokenizer: PreTrainedTokenizerBase, window: int) -> list[TokenizedPreference]:
-    """All rows of a JSON-lines file; raises DataError on the first bad one."""
-    rows = [tokenize(row, tokenizer, window) for row in read_preferences(path)]
+def load_preferences(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    *,
+    needed: Collection[str] = (),
+    aspects: Sequence[str] = (),
+) -> list[TokenizedPreference]:
+    """All rows of a file, folder or Hub dataset (`read_rows` says which); raises DataError on the first bad one.
+
+    needed: names of numbers that every row must have: score_chosen, score_rejected, strength.
+    aspects: if any, every row must have segments with a score for each of them.
+    """
+    check_tokenizer(tokenizer)
+    rows = []
+    scored: set[str] = set()
+    for row in read_preferences(source):
+        for name in needed:
+            if getattr(row, name) is None:
+                raise DataError(f"{row.where}: '{name}' is missing, which this training needs in every row")
+        for name in SEGMENTS if aspects else ():
+            here = _scored_aspects(row, name, aspects)
+            if here != (scored := scored or here):
+                before = ", ".join(sorted(scored))
+                raise DataError(
+                    f"{row.where}: aspects of '{name}' are {', '.join(sorted(here))}, those of the rows before {before}"
+                )
+        rows.append(tokenize(row, tokenizer, window, aspects))
     if not rows:
-        raise DataError(f"{path}: no rows")
+        raise DataError(f"{source}: no rows")
     return rows
 
 
-def read_preferences(path: str | Path) -> Iterator[Preference]:
-    """The rows of a JSON-lines file with the fields `prompt`, `chosen` and `rejected`."""
-    if not Path(path).is_file():
-        raise DataError(f"{path}: no such file")
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _read_row(line, f"{path}:{number}")
-
-
-def tokenize(row: Preference, tokenizer: PreTrainedTokenizerBase, window: int) -> TokenizedPreference:
-    """The row's token ids; no response may be longer than `window` together with its prompt."""
-    if isinstance(row.prompt, str):
-        prompt = tokenizer(row.prompt)["input_ids"]
-    else:
-        prompt = tokenizer(_render(row, tokenizer, []), add_special_tokens=False)["input_ids"]
-    chosen, rejected = (_response_ids(row, field, tokenizer) for field in ("chosen", "rejected"))
-    for field, ids in (("chosen", chosen), ("rejected", rejected)):
-        if len(prompt) + len(ids) > window:
-            raise DataError(
-                f"{row.where}: prompt and '{field}' have {len(prompt) + len(ids)} tokens, the window {window}"
-            )
-    return TokenizedPreference(prompt, chosen, rejected)
-
-
-def _read_row(line: str, where: str) -> Preference:
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """A checkpoint's tokenizer; raises DataError."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a row is an object with the fields {', '.join(FIELDS)}")
-    for field in FIELDS:
-        if field not in row:
-            raise DataError(f"{where}: field '{field}' is missing")
-        if not isinstance(row[field], type(row["prompt"])) or not isinstance(row[field], str | list):
-            raise DataError(f"{where}: prompt, chosen and rejected are all text or all lists of messages")
-        if not (row[field].strip() if isinstance(row[field], str) else row[field]):
-            raise DataError(f"{where}: '{field}' is empty")
-    return Preference(row["prompt"], row["chosen"], row["rejected"], where)
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # broken files raise what the tokenizer's library likes
+        raise DataError(f"{path} can't be loaded: {first_line(error)}") from None
 
 
-def _response_ids(row: Preference, field: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A response's ids up to and with its end token, which a chat template may have written already."""
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises DataError if responses can't be given an end."""
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"{tokenizer.name_or_path}: the tokenizer has no end token: name one as eos_token in tokenizer_config.json"
+        )
+
+
+def read_preferences(source: str | Path) -> Iterator[Preference]:
+    """The rows of a source (`read_rows`), checked; raises DataError on the first bad one."""
+    for row in read_rows(source):
+        yield preference(row)
+
+
+def preference(row: Row) -> Preference:
+    """The row as a preference; raises DataError with the first of its problems."""
+    check_row(row)
+    texts = with_prompt(row.values)
+    optional: dict[str, Any] = {name: row.values.get(name) for name in (*NUMBERS, *SEGMENTS)}
+    if isinstance(texts["prompt"], list):
+        optional["template_options"] = template_options(row.values)
+    return Preference(**texts, where=row.where, **optional)
+
+
+def tokenize(
+    row: Preference, tokenizer: PreTrainedTokenizerBase, window: int, aspects: Sequence[str] = ()
+) -> TokenizedPreference:
+    """The row's token ids; no response may be longer than `window` together with its prompt.
+
+    aspects: if any, the row's segments are read, with their scores in this order.
+    """
+    prompt = prompt_ids(row, tokenizer)
+    texts = {name: response_text(row, name, tokenizer) for name in RESPONSES}
+    ids = {name: response_ids(text, tokenizer) for name, text in texts.items()}
+    for name in RESPONSES:
+        check_length(row.where, name, len(prompt) + len(ids[name]), window)
+    optional: dict[str, Any] = {name: getattr(row, name) for name in NUMBERS}
+    for response, name in zip(RESPONSES, SEGMENTS, strict=True):
+        if aspects:
+            optional[name] = segmented(row, name, texts[response], ids[response], tokenizer, aspects)
+    return TokenizedPreference(prompt, ids["chosen"], ids["rejected"], **optional)
+
+
+def _scored_aspects(row: Preference, name: str, needed: Sequence[str]) -> set[str]:
+    """The aspects that a response's segments are scored by, of which none that is needed may be missing."""
+    segments = getattr(row, name)
+    if segments is None:
+        raise DataError(f"{row.where}: '{name}' is missing: `steersman data segment` adds it")
+    scored = scored_aspects(segments)
+    for aspect in needed:
+        if aspect not in scored:
+            raise DataError(f"{row.where}: '{name}' has no scores for '{aspect}': `steersman data annotate` adds them")
+    return scored
+
+
+def prompt_ids(row: Preference, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The prompt's ids, up to where a chat template has the response begin."""
+    chat = not isinstance(row.prompt, str)
+    text = _render(row, tokenizer, []) if chat else row.prompt
+    ids: list[int] = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    return ids
+
+
+def response_text(row: Preference, field: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What follows the prompt, as a chat template writes it where the response is messages."""
     response = getattr(row, field)
-    if not isinstance(response, str):
-        opening = _render(row, tokenizer, [])
-        rendered = _render(row, tokenizer, response)
-        if not rendered.startswith(opening):
-            raise DataError(f"{row.where}: '{field}' changes how the chat template renders the prompt")
-        response = rendered[len(opening) :].rstrip()
-    ids: list[int] = tokenizer(response, add_special_tokens=False)["input_ids"]
+    if isinstance(response, str):
+        return response
+    opening = _render(row, tokenizer, [])
+    rendered = _render(row, tokenizer, response)
+    if not rendered.startswith(opening):
+        raise DataError(f"{row.where}: '{field}' changes how the chat template renders the prompt")
+    return rendered[len(opening) :].rstrip()
+
+
+def response_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A response's ids up to and with its end token, which a chat template may have written already."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+
+
+def check_length(where: str, field: str, length: int, window: int) -> None:
+    if length > window:
+        raise DataError(f"{where}: prompt and '{field}' have {length} tokens, the window {window}")
+
+
+def segmented(
+    row: Preference,
+    field: str,
+    text: str,
+    ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    aspects: Sequence[str],
+) -> SegmentedResponse:
+    """The segments of a response whose text and ids are given; its end token belongs to the last of them."""
+    try:
+        placed = place_segments(getattr(row, field), text, tokenizer, aspects)
+    except DataError as error:
+        raise DataError(f"{row.where}: '{field}': {error}") from None
+    return SegmentedResponse([*placed.ends[:-1], len(ids)], placed.scores)
 
 
 def _render(row: Preference, tokenizer: PreTrainedTokenizerBase, response: list[dict[str, str]]) -> str:
     try:
         return str(
-            tokenizer.apply_chat_template([*row.prompt, *response], tokenize=False, add_generation_prompt=not response)
+            tokenizer.apply_chat_template(
+                [*row.prompt, *response],
+                tokenize=False,
+                add_generation_prompt=not response,
+                **row.template_options,
+            )
         )
     except Exception as error:  # templates are programs: they raise what they like
-        raise DataError(f"{row.where}: the chat template refuses the messages: {error}") from None
+        reason = " ".join(str(error).split())
+        raise DataError(f"{row.where}: the chat template refuses the messages: {reason}") from None

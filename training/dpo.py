@@ -15,7 +15,7 @@ from trl.trainer.dpo_config import DPOConfig
 
 from steersman.training.checkpoints import round_weights, save_adapter, save_checkpoint, write_policy_card
 from steersman.training.configuration import ConfigError, load, one_line, run
-from steersman.training.data import TokenizedPreference, load_preferences
+from steersman.training.data import TokenizedPreference, load_preferences, load_tokenizer
 from steersman.training.dpo_trainers import TokenizedDPOTrainer, TokenLevelDPOTrainer
 from steersman.training.implicit_reward import implicit_accuracy
 from steersman.training.prefixes import cut, tokens_at
@@ -26,7 +26,9 @@ class DPOArguments:
     """What is trained on what. Everything else is TRL's DPOConfig: beta, loss_type, learning_rate, output_dir, …"""
 
     model: str = field(metadata={"help": "Causal language model to start from; it is the reference too."})
-    train_file: str = field(metadata={"help": "JSON lines with prompt, chosen and rejected."})
+    train_file: str = field(
+        metadata={"help": "Preference pairs: JSON lines, Parquet, a folder, or a Hub dataset (org/name:split)."}
+    )
     validation_file: str | None = field(
         default=None,
         metadata={
@@ -63,10 +65,11 @@ def train_dpo(arguments: DPOArguments, config: DPOConfig) -> dict[str, Any]:
     """Trains, measures and saves a policy, or its adapter; returns the facts that its config.json carries."""
     _check(arguments, config)
     set_seed(config.seed)
-    model, tokenizer = load(arguments.model, AutoModelForCausalLM)
+    tokenizer = load_tokenizer(arguments.model)
     window = config.max_length or tokenizer.model_max_length
     rows = load_preferences(arguments.train_file, tokenizer, window)[: arguments.pairs]
     held_out = load_preferences(arguments.validation_file, tokenizer, window) if arguments.validation_file else []
+    model, tokenizer = load(arguments.model, AutoModelForCausalLM)
     policy = _train(arguments, config, model, tokenizer, rows)
     round_weights(policy, arguments.store)
     facts = _facts(arguments, config, len(rows))

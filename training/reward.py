@@ -12,7 +12,7 @@ from trl.trainer.reward_config import RewardConfig
 from steersman.training.accuracy import accuracy_by_share
 from steersman.training.checkpoints import round_weights, save_checkpoint, write_reward_card
 from steersman.training.configuration import run
-from steersman.training.data import load_preferences
+from steersman.training.data import load_preferences, load_tokenizer
 from steersman.training.rewards.arguments import Objective, RewardArguments, check
 from steersman.training.rewards.causal import PARTIAL
 from steersman.training.rewards.pairs import FULL, TRUNCATED
@@ -37,10 +37,11 @@ def train_reward(arguments: RewardArguments, config: RewardConfig) -> dict[str, 
     check(arguments)
     recipe = RECIPES[arguments.objective]
     set_seed(config.seed)
-    model, tokenizer = recipe.load(arguments)
+    tokenizer = load_tokenizer(arguments.model)
     window = config.max_length or tokenizer.model_max_length
     rows = load_preferences(arguments.train_file, tokenizer, window)
     held_out = load_preferences(arguments.validation_file, tokenizer, window) if arguments.validation_file else []
+    model, tokenizer = recipe.load(arguments)
     trainer = recipe.make_trainer(arguments, config, model, tokenizer, rows)
     trainer.train()
     round_weights(model, arguments.store)

@@ -15,7 +15,9 @@ class RewardArguments:
     """What is trained on what. Everything else is TRL's RewardConfig: learning_rate, output_dir, …"""
 
     model: str = field(metadata={"help": "Checkpoint to start from: a causal language model or a reward model."})
-    train_file: str = field(metadata={"help": "JSON lines with prompt, chosen and rejected."})
+    train_file: str = field(
+        metadata={"help": "Preference pairs: JSON lines, Parquet, a folder, or a Hub dataset (org/name:split)."}
+    )
     validation_file: str | None = field(
         default=None, metadata={"help": "Rows of the same form; accuracy by prefix length is measured on them."}
     )
