@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from steersman.guidance.checkpoints import ModelRefused, first_line, require_safetensors
+from steersman.guidance.checkpoints import ModelRefused, declared_kind, first_line, is_causal, require_safetensors
 from steersman.guidance.rewards import CausalReward, RewardModel, VocabularyReward
 from steersman.guidance.text_reward import TextReward
 from steersman.guidance.tokenizers import same_tokenizer, size_of
@@ -94,12 +94,7 @@ def inspect_checkpoint(
         )
     if kind == VocabularyReward.kind:
         return config, tokenizer, kind
-    return config, tokenizer, CausalReward.kind if shared and _is_causal(config) else TextReward.kind
-
-
-def declared_kind(config: Any) -> str | None:
-    """The kind that steersman's trainers write into a checkpoint's config, if it is one of theirs."""
-    return (getattr(config, "steersman", None) or {}).get("kind")
+    return config, tokenizer, CausalReward.kind if shared and is_causal(config) else TextReward.kind
 
 
 def _require_reward_head(name: str, path: str | Path, config: Any) -> None:
@@ -115,7 +110,7 @@ def _require_reward_head(name: str, path: str | Path, config: Any) -> None:
 
 def _require_vocabulary_head(name: str, path: str | Path, config: Any, base_tokenizer: PreTrainedTokenizerBase) -> None:
     architectures = getattr(config, "architectures", None) or []
-    if not any(architecture.endswith("ForCausalLM") for architecture in architectures) or not _is_causal(config):
+    if not any(architecture.endswith("ForCausalLM") for architecture in architectures) or not is_causal(config):
         raise ModelRefused(
             f"reward model {name!r}: {path} says that it has a vocabulary head but is a "
             f"{', '.join(architectures) or 'model without an architecture'}; it needs one output a token (…ForCausalLM)"
@@ -125,14 +120,6 @@ def _require_vocabulary_head(name: str, path: str | Path, config: Any, base_toke
             f"reward model {name!r}: {path} has {config.get_text_config().vocab_size} outputs, the base model's "
             f"tokenizer {len(base_tokenizer)} tokens; a vocabulary head needs an output for each"
         )
-
-
-def _is_causal(config: Any) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    encoders = {"bert", "roberta", "xlm-roberta", "electra", "camembert", "bert-generation", "roformer", "rembert"}
-    bidirectional = config.model_type in encoders or getattr(config, "is_encoder_decoder", False)
-    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not bidirectional
 
 
 def _text_decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 from trl.trainer.dpo_config import DPOConfig
@@ -18,6 +17,7 @@ from steersman.training.configuration import ConfigError, load, one_line, run
 from steersman.training.data import TokenizedPreference, load_preferences, load_tokenizer
 from steersman.training.dpo_trainers import TokenizedDPOTrainer, TokenLevelDPOTrainer
 from steersman.training.implicit_reward import implicit_accuracy
+from steersman.training.lora import lora_config
 from steersman.training.prefixes import cut, tokens_at
 
 
@@ -110,8 +110,7 @@ def _train(
 ) -> PreTrainedModel:
     """The trained model, wrapped by PEFT where an adapter was asked for."""
     rank = arguments.lora_rank
-    # An alpha of the rank scales the adapter by one, so that the learning rate alone says how far it goes.
-    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
+    lora = lora_config(rank, "CAUSAL_LM") if rank else None
     use_cache = model.config.use_cache
     try:
         trainer = (TokenizedDPOTrainer if arguments.method == "dpo" else TokenLevelDPOTrainer)(

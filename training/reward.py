@@ -9,14 +9,20 @@ from typing import Any
 from transformers.trainer_utils import set_seed
 from trl.trainer.reward_config import RewardConfig
 
+from steersman.guidance.checkpoints import is_causal
 from steersman.training.accuracy import accuracy_by_share
 from steersman.training.checkpoints import round_weights, save_checkpoint, write_reward_card
 from steersman.training.configuration import run
 from steersman.training.data import load_preferences, load_tokenizer
+from steersman.training.endings import ended, ending_of
+from steersman.training.lora import add_lora, merge_lora
 from steersman.training.rewards.arguments import Objective, RewardArguments, check
 from steersman.training.rewards.causal import PARTIAL
+from steersman.training.rewards.distilled import DISTILLED
 from steersman.training.rewards.pairs import FULL, TRUNCATED
-from steersman.training.rewards.recipe import Recipe
+from steersman.training.rewards.prefix_value import PREFIX_VALUE
+from steersman.training.rewards.rated import REGRESSION, SCALED
+from steersman.training.rewards.recipe import Recipe, window_of
 from steersman.training.rewards.vocabulary import VOCABULARY
 
 RECIPES: dict[Objective, Recipe] = {
@@ -24,6 +30,10 @@ RECIPES: dict[Objective, Recipe] = {
     "truncated": TRUNCATED,
     "partial": PARTIAL,
     "vocabulary": VOCABULARY,
+    "distilled": DISTILLED,
+    "prefix_value": PREFIX_VALUE,
+    "regression": REGRESSION,
+    "scaled": SCALED,
 }
 
 
@@ -38,31 +48,39 @@ def train_reward(arguments: RewardArguments, config: RewardConfig) -> dict[str, 
     recipe = RECIPES[arguments.objective]
     set_seed(config.seed)
     tokenizer = load_tokenizer(arguments.model)
-    window = config.max_length or tokenizer.model_max_length
-    rows = load_preferences(arguments.train_file, tokenizer, window)
+    window = window_of(config, tokenizer)
+    rows = recipe.read(arguments, config, tokenizer)
     held_out = load_preferences(arguments.validation_file, tokenizer, window) if arguments.validation_file else []
     model, tokenizer = recipe.load(arguments)
-    trainer = recipe.make_trainer(arguments, config, model, tokenizer, rows)
+    adapted = add_lora(model, arguments.lora_rank)
+    trainer = recipe.make_trainer(arguments, config, adapted, tokenizer, rows)
     trainer.train()
+    model = merge_lora(adapted)
     round_weights(model, arguments.store)
     facts = _facts(arguments, config, len(rows)) | recipe.describe(arguments)
+    if not is_causal(model.config):
+        facts["kind"] = "text"
     if held_out:
-        facts |= {"accuracy": accuracy_by_share(model, held_out, recipe.score), "validation_pairs": len(held_out)}
+        score = ended(recipe.score, ending_of(model, tokenizer))
+        facts |= {"accuracy": accuracy_by_share(model, held_out, score), "validation_pairs": len(held_out)}
     if trainer.is_world_process_zero():
         save_checkpoint(model, tokenizer, config.output_dir, facts, store=arguments.store)
-        write_reward_card(config.output_dir, Path(config.output_dir).name, facts, recipe.seen)
+        seen = f"{recipe.seen} ({len(rows)} {recipe.rows})"
+        write_reward_card(config.output_dir, Path(config.output_dir).name, facts, seen)
     return facts
 
 
-def _facts(arguments: RewardArguments, config: RewardConfig, pairs: int) -> dict[str, Any]:
+def _facts(arguments: RewardArguments, config: RewardConfig, rows: int) -> dict[str, Any]:
+    recipe = RECIPES[arguments.objective]
     facts: dict[str, Any] = {
-        "kind": RECIPES[arguments.objective].kind,
+        "kind": recipe.kind,
         "objective": arguments.objective,
         "model": Path(arguments.model).name,
-        "pairs": pairs,
+        recipe.rows: rows,
         "learning_rate": config.learning_rate,
         "epochs": config.num_train_epochs,
         "batch": config.per_device_train_batch_size * config.gradient_accumulation_steps,
         "seed": config.seed,
     }
-    return facts | ({"label_smoothing": arguments.label_smoothing} if arguments.label_smoothing else {})
+    given = {name: getattr(arguments, name) for name in ("label_smoothing", "lora_rank")}
+    return facts | {name: value for name, value in given.items() if value}
