@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 from trl.trainer.reward_config import RewardConfig
 
 from steersman.training.accuracy import accuracy_by_share
 from steersman.training.checkpoints import round_weights, save_checkpoint, write_reward_card
 from steersman.training.configuration import run
-from steersman.training.data import load_preferences, load_tokenizer
+from steersman.training.data import TokenizedPreference, load_preferences, load_tokenizer
 from steersman.training.rewards.arguments import Objective, RewardArguments, check
+from steersman.training.rewards.aspects import ASPECTS
 from steersman.training.rewards.causal import PARTIAL
 from steersman.training.rewards.pairs import FULL, TRUNCATED
-from steersman.training.rewards.recipe import Recipe
+from steersman.training.rewards.recipe import Recipe, window_of
 from steersman.training.rewards.vocabulary import VOCABULARY
 
 RECIPES: dict[Objective, Recipe] = {
@@ -24,12 +26,13 @@ RECIPES: dict[Objective, Recipe] = {
     "truncated": TRUNCATED,
     "partial": PARTIAL,
     "vocabulary": VOCABULARY,
+    "aspects": ASPECTS,
 }
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs `steersman train reward` with these arguments; 2 for an error in what the user gave."""
-    return run("reward", RewardArguments, RewardConfig, train_reward, argv)
+    return run("reward", RewardArguments, lambda _: RewardConfig, train_reward, argv)
 
 
 def train_reward(arguments: RewardArguments, config: RewardConfig) -> dict[str, Any]:
@@ -38,20 +41,32 @@ def train_reward(arguments: RewardArguments, config: RewardConfig) -> dict[str, 
     recipe = RECIPES[arguments.objective]
     set_seed(config.seed)
     tokenizer = load_tokenizer(arguments.model)
-    window = config.max_length or tokenizer.model_max_length
-    rows = load_preferences(arguments.train_file, tokenizer, window)
-    held_out = load_preferences(arguments.validation_file, tokenizer, window) if arguments.validation_file else []
+    rows = recipe.read(arguments, config, tokenizer)
+    held_out = _read_held_out(arguments, config, tokenizer) if arguments.validation_file else []
     model, tokenizer = recipe.load(arguments)
     trainer = recipe.make_trainer(arguments, config, model, tokenizer, rows)
     trainer.train()
     round_weights(model, arguments.store)
     facts = _facts(arguments, config, len(rows)) | recipe.describe(arguments)
     if held_out:
-        facts |= {"accuracy": accuracy_by_share(model, held_out, recipe.score), "validation_pairs": len(held_out)}
+        measure = recipe.measure or _measure_accuracy(recipe)
+        facts |= measure(model, held_out) | {"validation_pairs": len(held_out)}
     if trainer.is_world_process_zero():
         save_checkpoint(model, tokenizer, config.output_dir, facts, store=arguments.store)
         write_reward_card(config.output_dir, Path(config.output_dir).name, facts, recipe.seen)
     return facts
+
+
+def _read_held_out(
+    arguments: RewardArguments, config: RewardConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[TokenizedPreference]:
+    assert arguments.validation_file is not None
+    aspects = RECIPES[arguments.objective].aspects(arguments)
+    return load_preferences(arguments.validation_file, tokenizer, window_of(config, tokenizer), aspects=aspects)
+
+
+def _measure_accuracy(recipe: Recipe) -> Callable[[PreTrainedModel, Sequence[TokenizedPreference]], dict[str, Any]]:
+    return lambda model, held_out: {"accuracy": accuracy_by_share(model, held_out, recipe.score)}
 
 
 def _facts(arguments: RewardArguments, config: RewardConfig, pairs: int) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from steersman.training.configuration import ConfigError
 
-Objective = Literal["partial", "full", "truncated", "vocabulary"]
+Objective = Literal["partial", "full", "truncated", "vocabulary", "aspects"]
 
 
 @dataclass
@@ -25,7 +25,8 @@ class RewardArguments:
         default="partial",
         metadata={
             "help": "partial: PARGS's equation 4, on prefixes. full: on whole responses. truncated: on the beginnings "
-            "of responses. vocabulary: partial, with one output for every next token, from a causal language model."
+            "of responses. vocabulary: partial, with one output for every next token, from a causal language model. "
+            "aspects: the scores of segments, with one output for every aspect."
         },
     )
     keep: float = field(
@@ -47,6 +48,21 @@ class RewardArguments:
     )
     subset_ratio: float = field(default=1.5, metadata={"help": "Partial sequences a pair, with prefixes=subset."})
     prefixes_per_pair: int = field(default=10, metadata={"help": "Prefixes a pair, with prefixes=causal."})
+    weights: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "With objective=aspects, aspect → weight in the reward that the server steers by; 2D-DPO's five by "
+            "default: helpfulness .3, correctness .4, safety, completeness and clarity .1 each."
+        },
+    )
+    aspects_at: Literal["tokens", "segments"] = field(
+        default="tokens",
+        metadata={
+            "help": "With objective=aspects, where a segment's scores are learned. tokens: at all of its tokens, for a "
+            "model that steers. segments: at its last token alone (2D-DPO), for a model that scores whole segments "
+            "only, as in train iterate: more exact there, but what it says within a segment is arbitrary."
+        },
+    )
     store: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "Precision of the weights' file; accuracy is measured on what it keeps."}
     )

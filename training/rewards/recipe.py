@@ -13,22 +13,37 @@ from trl.trainer.reward_trainer import RewardTrainer, suppress_seqcls_warning
 
 from steersman.training.accuracy import score_ends
 from steersman.training.configuration import ConfigError, load
-from steersman.training.data import TokenizedPreference
+from steersman.training.data import TokenizedPreference, load_preferences
 from steersman.training.rewards.arguments import RewardArguments
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
-def load_classifier(arguments: RewardArguments) -> Loaded:
-    """A classifier of one label, in float32, and its tokenizer with a padding token that is not the end token."""
+def load_classifier(arguments: RewardArguments, outputs: int = 1) -> Loaded:
+    """A classifier, in float32, and its tokenizer with a padding token that is not the end token."""
     with suppress_seqcls_warning():
-        model, tokenizer = load(arguments.model, AutoModelForSequenceClassification, num_labels=1)
+        model, tokenizer = load(arguments.model, AutoModelForSequenceClassification, num_labels=outputs)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # A classifier pools at the last token that is not padding: the end token would never be scored.
         raise ConfigError(
             f"{arguments.model}: the tokenizer needs a padding token of its own, other than the end token"
         )
     return model, tokenizer
+
+
+def window_of(config: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that a prompt and a response have together at most."""
+    return config.max_length or tokenizer.model_max_length
+
+
+Read = Callable[[RewardArguments, RewardConfig, PreTrainedTokenizerBase], Sequence[Any]]
+
+
+def read_pairs(
+    arguments: RewardArguments, config: RewardConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[TokenizedPreference]:
+    """The preference pairs of `train_file`."""
+    return load_preferences(arguments.train_file, tokenizer, window_of(config, tokenizer))
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,13 @@ class Recipe:
         RewardTrainer,
     ]
     load: Callable[[RewardArguments], Loaded] = load_classifier
+    read: Read = read_pairs
+    """The rows that are trained on."""
     score: Callable[[PreTrainedModel, Sequence[Sequence[int]]], torch.Tensor] = score_ends
     """The rewards of sequences of token ids, [N] float32: what accuracy is measured of."""
+    aspects: Callable[[RewardArguments], Sequence[str]] = lambda _: ()
+    """Those that the segments of held-out rows must be scored by."""
+    measure: Callable[[PreTrainedModel, Sequence[TokenizedPreference]], dict[str, Any]] | None = None
+    """Facts about held-out rows, in place of the accuracy of `score`."""
     kind: str = "reward"
     """What the server takes the checkpoint for."""
