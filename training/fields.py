@@ -79,7 +79,7 @@ def _find_text_problems(row: dict[str, Any]) -> Iterator[str]:
     yield from (f"field '{name}' is missing" for name in missing)
     problems: list[str] = []
     for name, value in values.items():
-        problems += _find_value_problems(name, value)
+        problems += find_value_problems(name, value)
     yield from problems
     if missing or problems:
         return
@@ -97,7 +97,7 @@ def _find_text_problems(row: dict[str, Any]) -> Iterator[str]:
     yield from (f"'{name}' is empty after the prompt" for name in RESPONSES if _is_empty(texts[name]))
 
 
-def _find_value_problems(name: str, value: Any) -> Iterator[str]:
+def find_value_problems(name: str, value: Any) -> Iterator[str]:
     if not isinstance(value, str | list):
         yield f"'{name}' is {value!r:.40}: prompt, chosen and rejected are all text or all lists of messages"
     elif _is_empty(value):
