@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.progress import Progress
@@ -23,6 +23,17 @@ from steersman.training.world.language_model import SMALL
 from steersman.training.world.pairs import draw_pairs, write_rows
 
 _PROCESSES = 2
+
+
+class Job(Protocol):
+    """Something that is done once."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it need not be done again."""
+        ...
+
+    def __call__(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -100,9 +111,6 @@ class SmallLanguageModel:
         with logged(self.path.with_suffix(".log")):
             build_tokenizer(folders, seed=0)
             build_language_model(folders, "small", SMALL, seed=1)
-
-
-Job = Run | Pairs | SmallLanguageModel
 
 
 def finish(jobs: Sequence[Job], progress: Progress, what: str) -> None:

@@ -62,7 +62,7 @@ def measure_policies(work: Path, pool: Executor) -> list[Knowledge]:
 def _measure(work: Path, name: str, seed: int) -> Knowledge:
     base, tokenizer = _load(MODELS / "base"), AutoTokenizer.from_pretrained(MODELS / "base")
     policy = _load(policy_folder(work, name, seed))
-    rows = _gold_pairs(tokenizer)
+    rows = gold_pairs(tokenizer)
     # β only scales the implicit reward, and no order depends on it.
     sums = [
         [ratios.cumsum(0) for ratios in token_log_ratios(policy, base, side, _BATCH)]
@@ -166,7 +166,7 @@ class Agreement:
 def measure_agreement() -> Agreement:
     """KL(dpo‖base) after every prefix of some test responses, exact and sampled."""
     base, policy = _load(MODELS / "base"), _load(MODELS / "dpo")
-    rows = _gold_pairs(AutoTokenizer.from_pretrained(MODELS / "base"))[:_PREFIX_PAIRS]
+    rows = gold_pairs(AutoTokenizer.from_pretrained(MODELS / "base"))[:_PREFIX_PAIRS]
     exact: list[torch.Tensor] = []
     sampled: dict[int, list[torch.Tensor]] = {count: [] for count in SAMPLES}
     for n, (prompt, response) in enumerate((r.prompt, side) for r in rows for side in (r.chosen, r.rejected)):
@@ -217,7 +217,7 @@ def _load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
 
 
-def _gold_pairs(tokenizer: Any) -> list[TokenizedPreference]:
+def gold_pairs(tokenizer: Any) -> list[TokenizedPreference]:
     """The demo world's test pairs, the better one by gold as the chosen."""
     rows = by_gold(read_rows(WORLD / "test_pairs.jsonl"))
     return [

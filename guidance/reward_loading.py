@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from steersman.guidance.aspects import ASPECTS, require_aspects, weigh_outputs
 from steersman.guidance.checkpoints import ModelRefused, declared_kind, first_line, is_causal, require_safetensors
 from steersman.guidance.rewards import CausalReward, RewardModel, VocabularyReward
 from steersman.guidance.text_reward import TextReward
@@ -55,6 +56,14 @@ def load_reward_model(
     if missing := sorted(report["missing_keys"]):
         raise ModelRefused(f"reward model {name!r}: {path} lacks the weights {', '.join(missing[:3])}")
     model = model.to(device)
+    if declared_kind(config) == ASPECTS:
+        weigh_outputs(model)
+        if config.steersman.get("aspects_at") == "segments":
+            logger.warning(
+                "reward model %r learned at the ends of segments only: it scores answers, but what it says within a "
+                "sentence is arbitrary, and steers badly; train it with aspects_at: tokens",
+                name,
+            )
     if kind == CausalReward.kind:
         return CausalReward(model, name, cache_bytes, max_rows)
     if kind == VocabularyReward.kind:
@@ -87,7 +96,7 @@ def inspect_checkpoint(
     else:
         _require_reward_head(name, path, config)
     shared = same_tokenizer(tokenizer, base_tokenizer)
-    if kind in ("reward", VocabularyReward.kind) and not shared:
+    if kind in ("reward", ASPECTS, VocabularyReward.kind) and not shared:
         raise ModelRefused(
             f"reward model {name!r}: {path} was trained on another tokenizer than the base model's "
             f"({size_of(tokenizer)} against {size_of(base_tokenizer)} tokens); train it from a checkpoint that has it"
@@ -104,7 +113,14 @@ def _require_reward_head(name: str, path: str | Path, config: Any) -> None:
             f"reward model {name!r}: {path} is a {', '.join(architectures) or 'model without an architecture'}, not a "
             "sequence classifier; a reward model has one score for a text (…ForSequenceClassification)"
         )
-    if config.num_labels != 1:
+    if declared_kind(config) == ASPECTS:
+        if not is_causal(config):
+            raise ModelRefused(
+                f"reward model {name!r}: {path} scores aspects but is not causal ({config.model_type}); train it from "
+                "a causal language model"
+            )
+        require_aspects(path, f"reward model {name!r}", config)
+    elif config.num_labels != 1:
         raise ModelRefused(f"reward model {name!r}: {path} has {config.num_labels} outputs; a reward model has one")
 
 

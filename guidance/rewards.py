@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from steersman.guidance.aspects import describe_aspects
 from steersman.guidance.auxiliary import CausalModel, Prefix
 from steersman.guidance.cached import CachedModel, NextTokenModel
 from steersman.guidance.checkpoints import find_head, training_facts
@@ -69,7 +70,8 @@ class _CachedReward(CachedModel):
 
     def describe(self) -> dict[str, Any]:
         """See RewardModel.describe."""
-        return {**super().describe(), **training_facts(self.model.model.config)}
+        config = self.model.model.config
+        return {**super().describe(), **training_facts(config), **describe_aspects(config)}
 
     def _read_answers(self, prompt: Sequence[int], prefixes: Sequence[Prefix]) -> tuple[torch.Tensor, int]:
         """Outputs [G, C] at the end of each, and the tokens read. What the prefixes share with each other and earlier

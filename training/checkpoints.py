@@ -75,26 +75,46 @@ def write_reward_card(folder: str | Path, name: str, facts: dict[str, Any], seen
         f"Loss: {facts['loss']}. Learning rate {facts['learning_rate']:g}, {facts['epochs']:g} epochs, "
         f"batch {facts['batch']}, seed {facts['seed']}.",
     ]
-    lines += [*_accuracy_table(facts), ""]
+    lines += [*_accuracy_table(facts), *_aspect_table(facts), ""]
     lines += ["```", f"steersman serve MODEL --reward-model {name}=PATH_OF_THIS_FOLDER", "```", ""]
     (Path(folder) / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+_METHODS = {
+    "dpo": "direct preference optimisation",
+    "tdpo1": "token-level direct preference optimisation",
+    "tdpo2": "token-level direct preference optimisation",
+    "1d": "direct preference optimisation by segments that are scored by one aspect (1D-DPO)",
+    "2d": "direct preference optimisation by segments that are scored by aspect (2D-DPO)",
+    "kto": "KTO",
+    "orpo": "ORPO",
+    "simpo": "SimPO",
+}
+_WITHOUT_REFERENCE = ("orpo", "simpo")
+_SETTINGS = ("weights", "alpha", "simpo_gamma", "cpo_alpha", "sft_weight", "curriculum")
+"""Facts of some methods that belong to the loss."""
 
 
 def write_policy_card(folder: str | Path, name: str, facts: dict[str, Any]) -> None:
     """A short README.md: what the policy was trained on, how well its implicit reward does, how to serve it."""
     seen = "whole responses" if facts["keep"] == 1 else f"the first {100 * facts['keep']:g} % of every response"
     trained = f"LoRA adapter of rank {facts['lora_rank']}" if "lora_rank" in facts else "All weights"
+    settings = "".join(f", {name} {_shown(facts[name])}" for name in _SETTINGS if name in facts)
     lines = [
         f"# {name}",
         "",
-        f"Policy trained by direct preference optimisation on {seen} ({facts['pairs']} pairs), starting from "
-        f"`{facts['model']}`, which is its reference.",
-        f"{trained}. Loss: {facts['loss']}, β {facts['beta']:g}. Learning rate {facts['learning_rate']:g}, "
+        f"Policy trained by {_METHODS[facts['method']]} on {seen} ({facts['pairs']} pairs), starting from "
+        f"`{facts['model']}`{'' if facts['method'] in _WITHOUT_REFERENCE else ', which is its reference'}.",
+        f"{trained}. Loss: {facts['loss']}, β {facts['beta']:g}{settings}. Learning rate {facts['learning_rate']:g}, "
         f"{facts['epochs']:g} epochs, batch {facts['batch']}, seed {facts['seed']}.",
         *_accuracy_table(facts, of=" of the implicit reward β log π/π_ref"),
     ]
     lines += ["", "```", f"steersman serve MODEL --policy {name}=PATH_OF_THIS_FOLDER", "```", ""]
     (Path(folder) / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _shown(value: Any) -> str:
+    return " ".join(f"{name} {part:g}" for name, part in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _accuracy_table(facts: dict[str, Any], of: str = "") -> list[str]:
@@ -109,6 +129,24 @@ def _accuracy_table(facts: dict[str, Any], of: str = "") -> list[str]:
         "| share of the longer response | " + " | ".join(f"{100 * float(share):g} %" for share, _ in shares) + " |",
         "|---|" + "---|" * len(facts["accuracy"]),
         "| accuracy | " + " | ".join(f"{value:.3f}" for _, value in shares) + " |",
+    ]
+
+
+def _aspect_table(facts: dict[str, Any]) -> list[str]:
+    """Lines of Markdown, none for a model without aspects."""
+    if "aspects" not in facts:
+        return []
+    errors, deviations = facts.get("aspect_error", {}), facts.get("aspect_deviation", {})
+    return [
+        "",
+        "The server steers by the weighted sum of its outputs. Error: root mean squared, on held-out segments.",
+        "",
+        "| aspect | weight | error | deviation of scores |",
+        "|---|---|---|---|",
+        *(
+            f"| {aspect} | {weight:g} | {errors.get(aspect, '')} | {deviations.get(aspect, '')} |"
+            for aspect, weight in zip(facts["aspects"], facts["weights"], strict=True)
+        ),
     ]
 
 

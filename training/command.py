@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 _KINDS = {
     "reward": ("steersman.training.reward", "a reward model, on whole responses or on prefixes"),
     "dpo": ("steersman.training.dpo", "a policy by direct preference optimisation, on responses or their beginnings"),
+    "iterate": ("steersman.training.iterate", "a policy by rounds of sampling, scoring by aspects and 2D-DPO"),
 }
 
 

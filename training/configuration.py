@@ -16,6 +16,9 @@ Arguments = TypeVar("Arguments")
 Config = TypeVar("Config")
 
 
+_REFUSED = (ValueError, TypeError, OSError, yaml.YAMLError, IndexError)  # what the parser raises
+
+
 class ConfigError(ValueError):
     """A configuration that can't be run; the message is one line for its author."""
 
@@ -23,13 +26,16 @@ class ConfigError(ValueError):
 def run(
     kind: str,
     arguments_type: type[Arguments],
-    config_type: type[Config],
+    config_type: Callable[[Sequence[str]], type[Config]],
     train: Callable[[Arguments, Config], Any],
     argv: Sequence[str],
 ) -> int:
-    """Runs `steersman train KIND` with these command-line arguments; 2 for an error in what the user gave."""
+    """Runs `steersman train KIND` with these command-line arguments; 2 for an error in what the user gave.
+
+    config_type: from the arguments, what the rest of them is read into.
+    """
     try:
-        train(*parse(kind, arguments_type, config_type, argv))
+        train(*parse(kind, arguments_type, config_type(argv), argv))
     except (ConfigError, DataError) as error:
         print(f"steersman train {kind}: error: {error}", file=sys.stderr)
         return 2
@@ -43,13 +49,21 @@ def parse(
     parser = _Parser((arguments_type, config_type), prog=f"steersman train {kind}")
     try:
         arguments, config = parser.parse_args_and_config(argv)
-    except (ValueError, TypeError, OSError, yaml.YAMLError, IndexError) as error:
+    except _REFUSED as error:
         raise one_line(error) from None
-    for name, hint in get_type_hints(arguments_type).items():
-        # argparse checks the choices of flags only, not those of a file.
-        if get_origin(hint) is Literal and getattr(arguments, name) not in get_args(hint):
-            raise ConfigError(f"{name} is one of {', '.join(get_args(hint))}, not {getattr(arguments, name)!r}")
+    _check_choices(arguments)
     return arguments, config
+
+
+def peek(kind: str, arguments_type: type[Arguments], argv: Sequence[str]) -> Arguments:
+    """A few of the arguments, the others left alone; raises ConfigError."""
+    parser = _Parser((arguments_type,), prog=f"steersman train {kind}", add_help=False, allow_abbrev=False)
+    try:
+        arguments: Arguments = parser.parse_args_and_config(argv, return_remaining_strings=True)[0]
+    except _REFUSED as error:
+        raise one_line(error) from None
+    _check_choices(arguments)
+    return arguments
 
 
 def one_line(error: Exception) -> ConfigError:
@@ -66,6 +80,13 @@ def load(path: str, auto_model: Any, **options: Any) -> tuple[PreTrainedModel, P
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} can't be loaded: {str(error).splitlines()[0]}") from None
     return model, tokenizer
+
+
+def _check_choices(arguments: Any) -> None:
+    """argparse checks the choices of flags only, not those of a file."""
+    for name, hint in get_type_hints(type(arguments)).items():
+        if get_origin(hint) is Literal and getattr(arguments, name) not in get_args(hint):
+            raise ConfigError(f"{name} is one of {', '.join(get_args(hint))}, not {getattr(arguments, name)!r}")
 
 
 class _Parser(TrlParser):

@@ -1,73 +1,58 @@
-"""`steersman train dpo`: policies trained directly on preferences, over TRL's DPOTrainer; whole responses or heads."""
+"""`steersman train dpo`: policies trained directly on preferences, over TRL's trainers; whole responses or heads."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
-from trl.trainer.dpo_config import DPOConfig
 
 from steersman.training.checkpoints import round_weights, save_adapter, save_checkpoint, write_policy_card
-from steersman.training.configuration import ConfigError, load, one_line, run
+from steersman.training.configuration import ConfigError, load, one_line, peek, run
 from steersman.training.data import TokenizedPreference, load_preferences, load_tokenizer
-from steersman.training.dpo_trainers import TokenizedDPOTrainer, TokenLevelDPOTrainer
 from steersman.training.implicit_reward import implicit_accuracy
 from steersman.training.lora import lora_config
-from steersman.training.prefixes import cut, tokens_at
+from steersman.training.policies.arguments import DPOArguments, MethodArguments, MethodName, check
+from steersman.training.policies.method import Method
+from steersman.training.policies.pairs import DPO
+from steersman.training.policies.reference_free import ORPO, SIMPO
+from steersman.training.policies.token_level import TDPO1, TDPO2
+from steersman.training.policies.two_dimensional import ONE_DIMENSIONAL, TWO_DIMENSIONAL
+from steersman.training.policies.unpaired import KTO
+from steersman.training.prefixes import truncate
 
-
-@dataclass
-class DPOArguments:
-    """What is trained on what. Everything else is TRL's DPOConfig: beta, loss_type, learning_rate, output_dir, …"""
-
-    model: str = field(metadata={"help": "Causal language model to start from; it is the reference too."})
-    train_file: str = field(
-        metadata={"help": "Preference pairs: JSON lines, Parquet, a folder, or a Hub dataset (org/name:split)."}
-    )
-    validation_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "Rows of the same form; the implicit reward's accuracy by prefix length is measured on them."
-        },
-    )
-    pairs: int | None = field(default=None, metadata={"help": "Train on this many rows, the file's first; else all."})
-    keep: float = field(
-        default=1.0,
-        metadata={"help": "Share of each response's tokens, from its start, that is trained on: above 0, at most 1."},
-    )
-    method: Literal["dpo", "tdpo1", "tdpo2"] = field(
-        default="dpo",
-        metadata={
-            "help": "dpo: TRL's losses, chosen by loss_type. tdpo1, tdpo2: token-level DPO, which holds the sequential "
-            "KL of both responses beside their rewards."
-        },
-    )
-    alpha: float = field(default=0.5, metadata={"help": "Of tdpo2: how much the sequential KL weighs; 0 is DPO."})
-    lora_rank: int = field(
-        default=0, metadata={"help": "Train a LoRA adapter of this rank on all linear layers; 0 trains all weights."}
-    )
-    store: Literal["float32", "bfloat16"] = field(
-        default="float32", metadata={"help": "Precision of the weights' file; accuracy is measured on what it keeps."}
-    )
+METHODS: dict[MethodName, Method] = {
+    "dpo": DPO,
+    "tdpo1": TDPO1,
+    "tdpo2": TDPO2,
+    "1d": ONE_DIMENSIONAL,
+    "2d": TWO_DIMENSIONAL,
+    "kto": KTO,
+    "orpo": ORPO,
+    "simpo": SIMPO,
+}
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs `steersman train dpo` with these arguments; 2 for an error in what the user gave."""
-    return run("dpo", DPOArguments, DPOConfig, train_dpo, argv)
+    return run("dpo", DPOArguments, config_type, train_dpo, argv)
 
 
-def train_dpo(arguments: DPOArguments, config: DPOConfig) -> dict[str, Any]:
-    """Trains, measures and saves a policy, or its adapter; returns the facts that its config.json carries."""
-    _check(arguments, config)
+def train_dpo(arguments: DPOArguments, config: Any) -> dict[str, Any]:
+    """Trains, measures and saves a policy, or its adapter; returns the facts that its config.json carries.
+
+    config: of the method's type.
+    """
+    method = METHODS[arguments.method]
+    check(arguments)
+    method.check(config)
     set_seed(config.seed)
     tokenizer = load_tokenizer(arguments.model)
     window = config.max_length or tokenizer.model_max_length
-    rows = load_preferences(arguments.train_file, tokenizer, window)[: arguments.pairs]
+    rows = load_rows(arguments, config, tokenizer, window)
     held_out = load_preferences(arguments.validation_file, tokenizer, window) if arguments.validation_file else []
     model, tokenizer = load(arguments.model, AutoModelForCausalLM)
     policy = _train(arguments, config, model, tokenizer, rows)
@@ -87,23 +72,39 @@ def train_dpo(arguments: DPOArguments, config: DPOConfig) -> dict[str, Any]:
     return facts
 
 
-def truncated(rows: Sequence[TokenizedPreference], keep: float) -> Dataset:
-    """Rows with the columns of TRL's collator: each response's first tokens, a share `keep` of its own length.
+def easy_first(rows: Sequence[TokenizedPreference]) -> list[TokenizedPreference]:
+    """The rows by how far their scores are apart, the farthest first (Curry-DPO); those alike keep their order."""
 
-    At least one token stays, and a cut is given no end token: the policy would learn to stop there (Shallow Preference
-    Signals, §3.3). `length` is what `train_sampling_strategy: group_by_length` reads.
-    """
-    examples = []
-    for row in rows:
-        chosen, rejected = (cut(ids, tokens_at(keep, len(ids))) for ids in (row.chosen, row.rejected))
-        length = len(row.prompt) + max(len(chosen), len(rejected))
-        examples.append({"prompt_ids": row.prompt, "chosen_ids": chosen, "rejected_ids": rejected, "length": length})
-    return Dataset.from_list(examples)
+    def difference(row: TokenizedPreference) -> float:
+        assert row.score_chosen is not None
+        assert row.score_rejected is not None
+        return abs(row.score_chosen - row.score_rejected)
+
+    return sorted(rows, key=difference, reverse=True)
+
+
+def load_rows(
+    arguments: DPOArguments, config: Any, tokenizer: PreTrainedTokenizerBase, window: int
+) -> list[TokenizedPreference]:
+    """The rows to train on, in the order in which they are read, if one is fixed."""
+    method, by_score = METHODS[arguments.method], arguments.curriculum == "easy_first"
+    needed = ("score_chosen", "score_rejected") if by_score else ()
+    rows = load_preferences(arguments.train_file, tokenizer, window, needed=needed, aspects=method.aspects(config))[
+        : arguments.pairs
+    ]
+    if by_score:
+        if config.train_sampling_strategy == "group_by_length":
+            raise ConfigError("curriculum: easy_first has an order of its own: leave train_sampling_strategy out")
+        config.train_sampling_strategy = "sequential"
+        rows = easy_first(rows)
+    elif method.in_order:
+        random.Random(config.seed).shuffle(rows)
+    return truncate(rows, arguments.keep)
 
 
 def _train(
     arguments: DPOArguments,
-    config: DPOConfig,
+    config: Any,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TokenizedPreference],
@@ -113,15 +114,7 @@ def _train(
     lora = lora_config(rank, "CAUSAL_LM") if rank else None
     use_cache = model.config.use_cache
     try:
-        trainer = (TokenizedDPOTrainer if arguments.method == "dpo" else TokenLevelDPOTrainer)(
-            model,
-            args=config,
-            train_dataset=truncated(rows, arguments.keep),
-            processing_class=tokenizer,
-            peft_config=lora,
-        )
-        if isinstance(trainer, TokenLevelDPOTrainer):
-            trainer.version, trainer.alpha = (1 if arguments.method == "tdpo1" else 2), arguments.alpha
+        trainer = METHODS[arguments.method].make_trainer(config, model, tokenizer, rows, lora)
         trainer.train()
     except (ValueError, NotImplementedError) as error:  # combinations of its settings that TRL refuses
         raise one_line(error) from error
@@ -130,24 +123,16 @@ def _train(
     return policy
 
 
-def _check(arguments: DPOArguments, config: DPOConfig) -> None:
-    if not 0 < arguments.keep <= 1:
-        raise ConfigError(f"keep is a share above 0 and at most 1, not {arguments.keep:g}; 1 keeps whole responses")
-    if arguments.lora_rank < 0:
-        raise ConfigError(f"lora_rank is at least 0, not {arguments.lora_rank}; 0 trains all weights")
-    if arguments.method != "dpo" and config.loss_type != ["sigmoid"]:
-        raise ConfigError(f"loss_type is TRL's choice among losses; method {arguments.method} is one of its own")
-    if arguments.alpha < 0:
-        raise ConfigError(f"alpha is at least 0, not {arguments.alpha:g}; 0 leaves the sequential KL out")
-    if arguments.pairs is not None and arguments.pairs < 1:
-        raise ConfigError(f"pairs is at least 1, not {arguments.pairs}; without it, all rows are trained on")
+def config_type(argv: Sequence[str]) -> type[Any]:
+    """The configuration of the method that the arguments name; raises ConfigError."""
+    return METHODS[peek("dpo", MethodArguments, argv).method].config
 
 
-def _facts(arguments: DPOArguments, config: DPOConfig, pairs: int) -> dict[str, Any]:
+def _facts(arguments: DPOArguments, config: Any, pairs: int) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "kind": "policy",
         "method": arguments.method,
-        "loss": " + ".join(config.loss_type) if arguments.method == "dpo" else arguments.method,
+        **METHODS[arguments.method].describe(config),
         "keep": arguments.keep,
         "beta": config.beta,
         "model": Path(arguments.model).name,
@@ -157,6 +142,6 @@ def _facts(arguments: DPOArguments, config: DPOConfig, pairs: int) -> dict[str, 
         "batch": config.per_device_train_batch_size * config.gradient_accumulation_steps,
         "seed": config.seed,
     }
-    if arguments.method == "tdpo2":
-        facts["alpha"] = arguments.alpha
+    if arguments.curriculum != "none":
+        facts["curriculum"] = arguments.curriculum
     return facts | ({"lora_rank": arguments.lora_rank} if arguments.lora_rank else {})

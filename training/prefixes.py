@@ -9,6 +9,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+
+from steersman.training.data import TokenizedPreference
+from steersman.training.segments import SegmentedResponse
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the longer response, at which accuracy is measured
 
@@ -21,6 +25,34 @@ def cut(response: Sequence[int], tokens: int) -> list[int]:
 def tokens_at(share: float, longer: int) -> int:
     """The cut, at least one token, at a share of the longer response of a pair."""
     return max(1, math.ceil(share * longer))
+
+
+def truncate(rows: Sequence[TokenizedPreference], keep: float) -> list[TokenizedPreference]:
+    """The beginnings of all responses (Shallow Preference Signals, §3.3): up to 1 a share of each one's own tokens, at
+    least one of them, above 1 a number of tokens. A cut is given no end token: a policy would learn to stop there."""
+
+    def tokens(response: Sequence[int]) -> int:
+        return tokens_at(keep, len(response)) if keep <= 1 else int(keep)
+
+    return [
+        replace(
+            row,
+            chosen=cut(row.chosen, tokens(row.chosen)),
+            rejected=cut(row.rejected, tokens(row.rejected)),
+            chosen_segments=cut_segments(row.chosen_segments, tokens(row.chosen)),
+            rejected_segments=cut_segments(row.rejected_segments, tokens(row.rejected)),
+        )
+        for row in rows
+    ]
+
+
+def cut_segments(segments: SegmentedResponse | None, tokens: int) -> SegmentedResponse | None:
+    """The segments of a response's first `tokens` tokens; one that is divided keeps its scores for what is left."""
+    if segments is None:
+        return None
+    whole = sum(end < tokens for end in segments.ends)
+    ends = [*segments.ends[:whole], *[min(end, tokens) for end in segments.ends[whole : whole + 1]]]
+    return SegmentedResponse(ends, segments.scores[: whole + 1])
 
 
 def draw_subset(longer: Sequence[int], ratio: float, seed: int) -> list[tuple[int, int]]:

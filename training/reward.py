@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 from trl.trainer.reward_config import RewardConfig
 
@@ -13,10 +14,11 @@ from steersman.guidance.checkpoints import is_causal
 from steersman.training.accuracy import accuracy_by_share
 from steersman.training.checkpoints import round_weights, save_checkpoint, write_reward_card
 from steersman.training.configuration import run
-from steersman.training.data import load_preferences, load_tokenizer
+from steersman.training.data import TokenizedPreference, load_preferences, load_tokenizer
 from steersman.training.endings import ended, ending_of
 from steersman.training.lora import add_lora, merge_lora
 from steersman.training.rewards.arguments import Objective, RewardArguments, check
+from steersman.training.rewards.aspects import ASPECTS
 from steersman.training.rewards.causal import PARTIAL
 from steersman.training.rewards.distilled import DISTILLED
 from steersman.training.rewards.pairs import FULL, TRUNCATED
@@ -34,12 +36,13 @@ RECIPES: dict[Objective, Recipe] = {
     "prefix_value": PREFIX_VALUE,
     "regression": REGRESSION,
     "scaled": SCALED,
+    "aspects": ASPECTS,
 }
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs `steersman train reward` with these arguments; 2 for an error in what the user gave."""
-    return run("reward", RewardArguments, RewardConfig, train_reward, argv)
+    return run("reward", RewardArguments, lambda _: RewardConfig, train_reward, argv)
 
 
 def train_reward(arguments: RewardArguments, config: RewardConfig) -> dict[str, Any]:
@@ -48,9 +51,8 @@ def train_reward(arguments: RewardArguments, config: RewardConfig) -> dict[str, 
     recipe = RECIPES[arguments.objective]
     set_seed(config.seed)
     tokenizer = load_tokenizer(arguments.model)
-    window = window_of(config, tokenizer)
     rows = recipe.read(arguments, config, tokenizer)
-    held_out = load_preferences(arguments.validation_file, tokenizer, window) if arguments.validation_file else []
+    held_out = _read_held_out(arguments, config, tokenizer) if arguments.validation_file else []
     model, tokenizer = recipe.load(arguments)
     adapted = add_lora(model, arguments.lora_rank)
     trainer = recipe.make_trainer(arguments, config, adapted, tokenizer, rows)
@@ -61,13 +63,30 @@ def train_reward(arguments: RewardArguments, config: RewardConfig) -> dict[str, 
     if not is_causal(model.config):
         facts["kind"] = "text"
     if held_out:
-        score = ended(recipe.score, ending_of(model, tokenizer))
-        facts |= {"accuracy": accuracy_by_share(model, held_out, score), "validation_pairs": len(held_out)}
+        measure = recipe.measure or _measure_accuracy(recipe, tokenizer)
+        facts |= measure(model, held_out) | {"validation_pairs": len(held_out)}
     if trainer.is_world_process_zero():
         save_checkpoint(model, tokenizer, config.output_dir, facts, store=arguments.store)
         seen = f"{recipe.seen} ({len(rows)} {recipe.rows})"
         write_reward_card(config.output_dir, Path(config.output_dir).name, facts, seen)
     return facts
+
+
+def _read_held_out(
+    arguments: RewardArguments, config: RewardConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[TokenizedPreference]:
+    assert arguments.validation_file is not None
+    aspects = RECIPES[arguments.objective].aspects(arguments)
+    return load_preferences(arguments.validation_file, tokenizer, window_of(config, tokenizer), aspects=aspects)
+
+
+def _measure_accuracy(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[PreTrainedModel, Sequence[TokenizedPreference]], dict[str, Any]]:
+    def measure(model: PreTrainedModel, held_out: Sequence[TokenizedPreference]) -> dict[str, Any]:
+        return {"accuracy": accuracy_by_share(model, held_out, ended(recipe.score, ending_of(model, tokenizer)))}
+
+    return measure
 
 
 def _facts(arguments: RewardArguments, config: RewardConfig, rows: int) -> dict[str, Any]:

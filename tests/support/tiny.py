@@ -70,6 +70,13 @@ def save_vocabulary_reward(folder: Path, seed: int) -> Path:
     return _save(AutoModelForCausalLM.from_config(config), folder, seed, spread=0.12)
 
 
+def save_aspects(folder: Path, seed: int, weights: dict[str, float]) -> Path:
+    """A reward model with an output for every aspect."""
+    facts = {"kind": "aspects", "objective": "aspects", "aspects": list(weights), "weights": list(weights.values())}
+    config = transformers.LlamaConfig(**COMMON, num_labels=len(weights), steersman=facts)
+    return _save(AutoModelForSequenceClassification.from_config(config), folder, seed, spread=0.3)
+
+
 def save_adapter(folder: Path, base: Path, seed: int) -> Path:
     """A LoRA adapter over `base` that changes its distributions by a nat or so."""
     import peft

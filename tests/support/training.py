@@ -1,6 +1,7 @@
 """A task that any model learns in seconds, as files: pairs in which kind words win, and a random model to train."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from steersman.training.segments import ASPECTS
 from steersman.training.world.grammar import draw_prompts
 from steersman.training.world.tokenizer import train_tokenizer
 
@@ -28,11 +30,31 @@ def write_task(folder: Path, **changes: Any) -> Path:
     config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape, **changes)
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    rows = [
-        {"prompt": prompt, "chosen": KIND[n % 3], "rejected": RUDE[n // 3 % 3]} for n, prompt in enumerate(prompts[:64])
-    ]
+    rows = [_row(prompt, KIND[n % 3], RUDE[n // 3 % 3], n) for n, prompt in enumerate(prompts[:64])]
     (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return folder
+
+
+def _row(prompt: str, chosen: str, rejected: str, number: int) -> dict[str, Any]:
+    """With scores of both, and each as segments, a word or two of which speak for it."""
+    return {
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "score_chosen": 5 + number % 7,
+        "score_rejected": 2,
+        "chosen_segments": _segments(chosen),
+        "rejected_segments": _segments(rejected),
+    }
+
+
+def _segments(response: str) -> list[dict[str, Any]]:
+    """Three words each; what is kind scores 4 in every aspect, what is rude 0, and else 2."""
+    words = re.findall(r" \S+", response)
+    texts = ["".join(words[start : start + 3]) for start in range(0, len(words), 3)]
+    kind, rude = ({"kind", "thank"}, {"rude", "blame"})
+    scores = [2 + 2 * bool(kind & set(text.split())) - 2 * bool(rude & set(text.split())) for text in texts]
+    return [{"text": text, "scores": dict.fromkeys(ASPECTS, score)} for text, score in zip(texts, scores, strict=True)]
 
 
 def write_config(folder: Path, **keys: Any) -> Path:
@@ -54,5 +76,5 @@ def write_config(folder: Path, **keys: Any) -> Path:
         "disable_tqdm": True,
     }
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config | keys), encoding="utf-8")
+    path.write_text(yaml.safe_dump(config | keys, sort_keys=False), encoding="utf-8")
     return path

@@ -8,7 +8,13 @@ import yaml
 from trl.trainer.reward_config import RewardConfig
 
 from steersman.training.configuration import parse
+from steersman.training.dpo import METHODS, config_type
+from steersman.training.iterate import IterateArguments
+from steersman.training.policies.arguments import DPOArguments
+from steersman.training.policies.two_dimensional import TwoDimensionalConfig
+from steersman.training.representatives import read_representatives
 from steersman.training.rewards.arguments import RewardArguments, check
+from steersman.training.world.aspects import WEIGHTS
 from steersman.training.world.build import CONFIGS, REWARD_MODELS
 
 
@@ -34,6 +40,31 @@ def test_partial_and_full_differ_only_in_objective() -> None:
     partial, full = (read(CONFIGS / f"{name}.yaml") for name in REWARD_MODELS[:2])
     differing = {key for key in partial.keys() | full.keys() if partial.get(key) != full.get(key)}
     assert differing == {"objective", "output_dir", "prefixes", "prefixes_per_pair"}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("dpo*.yaml")), ids=lambda path: path.stem)
+def test_every_key_of_a_policy_s_config_belongs_to_its_method(path: Path) -> None:
+    config, argv = read(path), ["--config", str(path)]
+    arguments, settings = parse("dpo", DPOArguments, config_type(argv), argv)
+    METHODS[arguments.method].check(settings)
+    assert (config["output_dir"], config["model"]) == (f"models/{path.stem}", "models/base")
+    assert (arguments.method, settings.beta) == (config.get("method", "dpo"), config["beta"])
+    assert f"steersman train dpo --config {path.name}" in path.read_text(encoding="utf-8")
+
+
+def test_aspects_weigh_the_same_in_the_reward_model_and_the_policy() -> None:
+    for name in ("reward-aspects", "dpo-2d"):
+        assert read(CONFIGS / f"{name}.yaml")["weights"] == WEIGHTS
+    argv = ["--config", str(CONFIGS / "reward-aspects.yaml")]
+    arguments, _ = parse("reward", RewardArguments, RewardConfig, argv)
+    assert (arguments.objective, arguments.weights) == ("aspects", WEIGHTS)
+
+
+def test_iteration_knows_how_each_of_the_world_s_aspects_is_represented() -> None:
+    argv = ["--config", str(CONFIGS / "iterate.yaml")]
+    arguments, _ = parse("iterate", IterateArguments, TwoDimensionalConfig, argv)
+    assert set(read_representatives(arguments.representatives, list(WEIGHTS))) == set(WEIGHTS)
+    assert f"--aspects_at segments --output_dir {arguments.reward_model}" in (CONFIGS / "iterate.yaml").read_text()
 
 
 def test_dpo_starts_from_the_base_and_trains_on_whole_responses() -> None:

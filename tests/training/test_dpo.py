@@ -1,8 +1,5 @@
-"""`steersman train dpo`: what TRL is fed, its loss against the formula, and training from end to end on tiny models."""
+"""`steersman train dpo` from end to end on tiny models, by every method; `policies/` holds their losses."""
 
-import math
-import random
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,150 +7,21 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-from trl.trainer.dpo_config import DPOConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steersman.training import command
 from steersman.training.checkpoints import read_facts
-from steersman.training.data import TokenizedPreference, load_preferences
-from steersman.training.dpo import truncated
-from steersman.training.dpo_trainers import TokenizedDPOTrainer, TokenLevelDPOTrainer
+from steersman.training.data import load_preferences
+from steersman.training.dpo import METHODS, load_rows
 from steersman.training.implicit_reward import implicit_accuracy
-from tests.support.training import VOCABULARY, write_config, write_task
-
-EOS = 1
-
-
-@pytest.fixture
-def seed() -> int:
-    seed = random.randrange(2**31)
-    print(f"seed {seed}")
-    return seed
+from steersman.training.policies.arguments import DPOArguments, MethodName
+from tests.support.policies import make_trainer
+from tests.support.training import write_config, write_task
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_task(tmp_path_factory.mktemp("dpo"), initializer_range=0.1)
-
-
-def draw_rows(seed: int, count: int) -> list[TokenizedPreference]:
-    rng = random.Random(seed)
-
-    def ids(longest: int) -> list[int]:
-        return [rng.randrange(2, VOCABULARY) for _ in range(rng.randint(1, longest))]
-
-    return [TokenizedPreference(ids(12), [*ids(30), EOS], [*ids(30), EOS]) for _ in range(count)]
-
-
-def new_trainer(
-    folder: Path,
-    tmp_path: Path,
-    rows: list[TokenizedPreference],
-    keep: float,
-    kind: type[TokenizedDPOTrainer] = TokenizedDPOTrainer,
-) -> TokenizedDPOTrainer:
-    config = DPOConfig(
-        str(tmp_path), beta=0.3, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-        per_device_train_batch_size=len(rows), train_sampling_strategy="sequential",
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    return kind(model, args=config, train_dataset=truncated(rows, keep), processing_class=tokenizer)
-
-
-@pytest.mark.parametrize("keep", [1.0, 0.5, 0.4, 0.33, 0.25, 0.01])
-def test_the_model_is_fed_each_response_s_own_first_part_and_no_other_end_token(
-    folder: Path, tmp_path: Path, seed: int, keep: float
-) -> None:
-    rows = draw_rows(seed, 9)
-    (batch,) = new_trainer(folder, tmp_path, rows, keep).get_train_dataloader()
-    responses = [row.chosen for row in rows] + [row.rejected for row in rows]
-    assert batch["input_ids"].shape[0] == len(responses) == 18
-    for row, response, ids, attended, completion in zip(
-        rows + rows, responses, batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True
-    ):
-        kept = math.ceil(Fraction(str(keep)) * len(response))
-        assert ids[attended == 1].tolist() == row.prompt + response[:kept]
-        assert ids[completion == 1].tolist() == response[:kept]
-        assert attended.tolist() == sorted(attended.tolist(), reverse=True)
-        assert (ids == EOS).sum() == (kept == len(response))
-
-
-def step_away(trainer: TokenizedDPOTrainer, folder: Path, seed: int) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
-    """Moves the trained weights at random; the policy and its reference in float64."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
-    policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float64") for _ in range(2))
-    policy.load_state_dict(trainer.model.state_dict())
-    return policy, reference
-
-
-def log_likelihood(model: LlamaForCausalLM, row: TokenizedPreference, response: list[int]) -> torch.Tensor:
-    logits = model(input_ids=torch.tensor([row.prompt + response])).logits[0]
-    assert logits.dtype == torch.float64
-    places = range(len(row.prompt) - 1, len(row.prompt) + len(response) - 1)
-    return sum(
-        logits[place, token] - logits[place].exp().sum().log() for place, token in zip(places, response, strict=True)
-    )
-
-
-@pytest.mark.parametrize("keep", [1.0, 0.4])
-def test_the_loss_is_log_2_at_first_and_then_the_formula_s(
-    folder: Path, tmp_path: Path, seed: int, keep: float
-) -> None:
-    """L = −mean log σ( β log π(y_w|x)/π_ref(y_w|x) − β log π(y_l|x)/π_ref(y_l|x) ), equation 7 of DPO."""
-    rows = draw_rows(seed, 7)
-    trainer = new_trainer(folder, tmp_path, rows, keep)
-    (batch,) = trainer.get_train_dataloader()
-    assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(math.log(2), abs=1e-5)
-
-    policy, reference = step_away(trainer, folder, seed)
-    loss = trainer.compute_loss(trainer.model, dict(batch)).item()
-    terms = []
-    for row in rows:
-        chosen, rejected = (ids[: math.ceil(Fraction(str(keep)) * len(ids))] for ids in (row.chosen, row.rejected))
-        rewards = [log_likelihood(policy, row, ids) - log_likelihood(reference, row, ids) for ids in (chosen, rejected)]
-        terms.append(math.log1p(math.exp(-0.3 * (rewards[0] - rewards[1]).item())))
-    assert loss == pytest.approx(sum(terms) / len(terms), rel=1e-4)
-    assert abs(loss - math.log(2)) > 1e-3
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_the_token_level_loss_is_the_formula_s(folder: Path, tmp_path: Path, seed: int, version: Any) -> None:
-    """Equations 13 and 14 of TDPO: the margin of DPO less the difference of the responses' sequential KL."""
-    rows = draw_rows(seed, 5)
-    trainer = new_trainer(folder, tmp_path, rows, 1.0, TokenLevelDPOTrainer)
-    assert isinstance(trainer, TokenLevelDPOTrainer)
-    trainer.version = version
-    (batch,) = trainer.get_train_dataloader()
-    assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(math.log(2), abs=1e-5)
-    policy, reference = step_away(trainer, folder, seed)
-    loss = trainer.compute_loss(trainer.model, dict(batch)).item()
-    expected = 0.0
-    for row in rows:
-        (ratio_w, kl_w), (ratio_l, kl_l) = (
-            ratio_and_kl(policy, reference, row, ids) for ids in (row.chosen, row.rejected)
-        )
-        delta = kl_l - kl_w if version == 1 else 0.5 * (kl_l - kl_w)
-        expected += math.log1p(math.exp(-0.3 * (ratio_w - ratio_l - delta))) / len(rows)
-    assert loss == pytest.approx(expected, rel=1e-4)
-
-
-def ratio_and_kl(
-    policy: LlamaForCausalLM, reference: LlamaForCausalLM, row: TokenizedPreference, response: list[int]
-) -> tuple[float, float]:
-    with torch.no_grad():
-        both = [
-            m(input_ids=torch.tensor([row.prompt + response])).logits[0].log_softmax(-1) for m in (policy, reference)
-        ]
-    ratio = kl = 0.0
-    for place, token in enumerate(response, len(row.prompt) - 1):
-        own, other = both[0][place], both[1][place]
-        ratio += float(own[token] - other[token])
-        kl += float((other.exp() * (other - own)).sum())
-    return ratio, kl
 
 
 @pytest.mark.parametrize(
@@ -162,7 +30,17 @@ def ratio_and_kl(
         {},
         {"keep": 0.5, "store": "bfloat16", "pairs": 48, "train_sampling_strategy": "group_by_length"},
         {"loss_type": "ipo", "beta": 0.5},
+        {
+            **{"loss_type": ["robust", "sft"], "loss_weights": [1.0, 0.1], "label_smoothing": 0.1},
+            **{"f_divergence_type": "js_divergence", "curriculum": "easy_first"},
+        },
+        {"loss_type": "sppo_hard", "beta": 0.5},
         {"method": "tdpo1"},
+        {"method": "2d", "keep": 0.7, "weights": {"helpfulness": 0.5, "safety": 0.5}},
+        {"method": "1d", "lora_rank": 4, "learning_rate": 5e-2, "curriculum": "easy_first"},
+        {"method": "kto", "keep": 0.5},
+        {"method": "orpo", "beta": 5.0, "train_sampling_strategy": "group_by_length"},
+        {"method": "simpo", "lora_rank": 4, "learning_rate": 5e-2},
         {"method": "tdpo2", "alpha": 0.3, "lora_rank": 4, "learning_rate": 5e-2},
         {"lora_rank": 4, "store": "bfloat16", "learning_rate": 5e-2},
     ],
@@ -175,10 +53,10 @@ def test_training_from_yaml_learns_and_saves_what_it_measured(
     assert command.main(["dpo", "--config", str(write_config(folder, **keys)), "--output_dir", str(out)]) == 0
     facts = read_facts(out)
     assert (facts["kind"], facts["method"], facts["model"]) == ("policy", keys.get("method", "dpo"), "model")
-    assert (facts["pairs"], facts["keep"], facts["beta"]) == (
-        keys.get("pairs", 64), keys.get("keep", 1.0), keys.get("beta", 0.1)
-    )  # fmt: skip
-    assert facts["loss"] == keys.get("loss_type", keys.get("method", "sigmoid"))
+    beta = keys.get("beta", {"2d": 0.2, "1d": 0.2, "simpo": 2.0}.get(facts["method"], 0.1))
+    assert (facts["pairs"], facts["keep"], facts["beta"]) == (keys.get("pairs", 64), keys.get("keep", 1.0), beta)
+    loss = keys.get("loss_type", keys.get("method", "sigmoid"))
+    assert facts["loss"] == (loss if isinstance(loss, str) else " + ".join(loss))
 
     reference = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32")
     policy = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32")
@@ -215,6 +93,25 @@ def test_training_from_yaml_learns_and_saves_what_it_measured(
         ({"max_length": 20}, [], "pairs.jsonl:1: prompt and 'chosen' have"),
         ({"loss_type": "guess"}, [], "Unknown loss type: guess"),
         ({"loss_type": "exo_pair"}, [], "Label smoothing must be greater than 0.0"),
+        ({"method": "3d"}, [], "method is one of dpo, tdpo1, tdpo2, 1d, 2d, kto, orpo, simpo, not '3d'"),
+        ({"method": "kto"}, ["--method", "3d"], "invalid choice: '3d'"),
+        ({"alpha": 0.5}, [], "alpha"),
+        ({"method": "tdpo2", "alpha": -1}, [], "alpha is at least 0, not -1"),
+        ({"method": "tdpo2", "loss_type": "ipo"}, [], "loss_type is TRL's choice among losses, for method dpo"),
+        ({"method": "tdpo1", "precompute_ref_log_probs": True}, [], "precompute_ref_log_probs: "),
+        ({"method": "2d", "sft_weight": -1}, [], "sft_weight is at least 0, not -1"),
+        ({"method": "2d"}, ["--weights", '{"wit": 1}'], "pairs.jsonl:1: 'chosen_segments' has no scores for 'wit'"),
+        ({"method": "2d", "weights": {"wit": "much"}}, [], "weights is a mapping of aspects to numbers"),
+        ({"method": "2d", "weights": {"safety": 0}}, [], "weights: one of them is above 0"),
+        ({"method": "1d", "weights": {"safety": 1, "wit": 1}}, [], "method 1d has one aspect, not safety, wit"),
+        ({"method": "kto", "per_device_train_batch_size": 3}, [], "an even number of at least 4, not 3"),
+        ({"method": "kto", "train_sampling_strategy": "random"}, [], "train_sampling_strategy: random would tear"),
+        ({"method": "simpo", "loss_type": "hinge"}, [], "loss_type: method simpo has its own, not hinge"),
+        (
+            {"curriculum": "easy_first", "train_sampling_strategy": "group_by_length"},
+            [],
+            "curriculum: easy_first has an order of its own",
+        ),
     ],
 )
 def test_errors_are_one_line_and_exit_code_two(
@@ -224,3 +121,30 @@ def test_errors_are_one_line_and_exit_code_two(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("steersman train dpo: error: ")
     assert complaint in last
+
+
+@pytest.mark.parametrize("method", ["dpo", "2d", "kto"])
+def test_a_curriculum_feeds_the_pairs_that_differ_most_first(folder: Path, method: MethodName) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    arguments = DPOArguments(
+        method=method, model="", train_file=str(folder / "pairs.jsonl"), curriculum="easy_first", pairs=30
+    )
+    batch, config = 8, METHODS[method].config(str(folder), use_cpu=True, bf16=False)
+    rows = load_rows(arguments, config, tokenizer, 128)
+    given = load_preferences(arguments.train_file, tokenizer, 128)[:30]
+    assert sorted(row.score_chosen for row in rows) == sorted(row.score_chosen for row in given)
+    differences = [row.score_chosen - row.score_rejected for row in rows]
+    assert differences == sorted(differences, reverse=True)
+    assert config.train_sampling_strategy == "sequential"
+
+    trainer = make_trainer(folder, method, rows, per_device_train_batch_size=batch)
+    seen = [ids.tolist() for fed in trainer.get_train_dataloader() for ids in prompts_of(fed)]
+    order = [row.prompt for start in range(0, 30, 4) for row in rows[start : start + 4] * 2]
+    if method != "kto":
+        order = [row.prompt for start in range(0, 30, 8) for row in rows[start : start + 8] * 2]
+    assert seen == order
+
+
+def prompts_of(fed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    masks = zip(fed["input_ids"], fed["attention_mask"], fed["completion_mask"], strict=True)
+    return [ids[(attended == 1) & (completion == 0)] for ids, attended, completion in masks]

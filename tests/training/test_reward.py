@@ -13,9 +13,8 @@ from steersman.training import command
 from steersman.training.accuracy import accuracy_by_share, score_ends, score_last_tokens
 from steersman.training.data import TokenizedPreference, load_preferences
 from steersman.training.objectives import bradley_terry
-from steersman.training.prefixes import cut
+from steersman.training.prefixes import cut, truncate
 from steersman.training.rewards.causal import PrefixCollator, PrefixRewardTrainer, causal_rows
-from steersman.training.rewards.pairs import truncate
 from steersman.training.rewards.vocabulary import VocabularyRewardTrainer
 from tests.support.training import write_config, write_task
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from steersman.training.configuration import ConfigError
 
-Objective = Literal["partial", "full", "truncated", "vocabulary", "distilled", "prefix_value", "regression", "scaled"]
+Objective = Literal[
+    "partial", "full", "truncated", "vocabulary", "distilled", "prefix_value", "regression", "scaled", "aspects"
+]
 
 WITHOUT_LABELS = ("distilled", "prefix_value", "regression")
 
@@ -33,7 +35,8 @@ class RewardArguments:
             "of responses. vocabulary: partial, with one output for every next token, from a causal language model. "
             "distilled: the same outputs, taught by a teacher. prefix_value: every prefix of an answer of the policy "
             "learns the answer's reward. regression: the ratings score_chosen and score_rejected of whole responses. "
-            "scaled: full, every pair times its strength."
+            "scaled: full, every pair times its strength. aspects: the scores of segments, with one output for every "
+            "aspect."
         },
     )
     keep: float = field(
@@ -70,6 +73,21 @@ class RewardArguments:
         },
     )
     top_k: int = field(default=10, metadata={"help": "With objective=distilled, the policy's tokens at a prefix."})
+    weights: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "With objective=aspects, aspect → weight in the reward that the server steers by; 2D-DPO's five by "
+            "default: helpfulness .3, correctness .4, safety, completeness and clarity .1 each."
+        },
+    )
+    aspects_at: Literal["tokens", "segments"] = field(
+        default="tokens",
+        metadata={
+            "help": "With objective=aspects, where a segment's scores are learned. tokens: at all of its tokens, for a "
+            "model that steers. segments: at its last token alone (2D-DPO), for a model that scores whole segments "
+            "only, as in train iterate: more exact there, but what it says within a segment is arbitrary."
+        },
+    )
     lora_rank: int = field(
         default=0,
         metadata={

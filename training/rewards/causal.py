@@ -31,7 +31,7 @@ POSITION_COLUMNS = ("chosen_positions", "rejected_positions")
 
 @contextmanager
 def token_scores(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the scores at every token, [B, T, 1], that a causal classifier's forward pools only the last of.
+    """Collects the scores at every token, [B, T, C], that a causal classifier's forward pools only the last of.
 
     A hook on the score head rather than a call to the inner model: wrappers around the model keep seeing its forward.
     """
@@ -45,8 +45,9 @@ def token_scores(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def at_positions(scores: Tensor, positions: Tensor) -> Tensor:
-    """The scores at each row's positions. scores: [B, T, 1]; positions: [B, P] int64, NO_POSITION is padding."""
-    return scores.squeeze(-1).gather(1, positions.clamp(min=0))
+    """The scores at each row's positions, [B, P, C]. scores: [B, T, C]; positions: [B, P] int64, NO_POSITION is
+    padding."""
+    return scores.gather(1, positions.clamp(min=0).unsqueeze(-1).expand(-1, -1, scores.shape[-1]))
 
 
 @dataclass
@@ -78,7 +79,7 @@ class PrefixRewardTrainer(PairRewardTrainer):
         """Rewards [2B, P] of the prefixes that end at the positions, and the outputs that TRL's metrics are of."""
         with token_scores(self.accelerator.unwrap_model(model)) as scores:
             _, outputs = RewardTrainer.compute_loss(self, model, inputs, return_outputs=True)
-        return at_positions(scores[0], positions), outputs
+        return at_positions(scores[0], positions).squeeze(-1), outputs
 
 
 def causal_rows(rows: Sequence[TokenizedPreference], count: int, seed: int) -> Dataset:

@@ -16,7 +16,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 from steersman.training.data import TokenizedPreference
 from steersman.training.endings import ending_of, with_ending
 from steersman.training.objectives import bradley_terry
-from steersman.training.prefixes import cut, draw_subset, tokens_at
+from steersman.training.prefixes import cut, draw_subset, truncate
 from steersman.training.rewards.arguments import RewardArguments
 from steersman.training.rewards.recipe import Recipe
 
@@ -79,16 +79,6 @@ def subset_rows(rows: Sequence[TokenizedPreference], ratio: float, seed: int) ->
     return whole_rows(
         [TokenizedPreference(rows[n].prompt, cut(rows[n].chosen, i), cut(rows[n].rejected, i)) for n, i in subset]
     )
-
-
-def truncate(rows: Sequence[TokenizedPreference], keep: float) -> list[TokenizedPreference]:
-    """The beginnings of all responses (Shallow Preference Signals): up to 1 a share of each one's own tokens, at least
-    one of them, above 1 a number of tokens. A cut is given no end token."""
-
-    def begin(response: list[int]) -> list[int]:
-        return cut(response, tokens_at(keep, len(response)) if keep <= 1 else int(keep))
-
-    return [TokenizedPreference(row.prompt, begin(row.chosen), begin(row.rejected)) for row in rows]
 
 
 def train_on(

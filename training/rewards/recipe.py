@@ -20,10 +20,10 @@ from steersman.training.rewards.arguments import RewardArguments
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
-def load_classifier(arguments: RewardArguments) -> Loaded:
-    """A classifier of one label, in float32, and its tokenizer with a padding token that is not the end token."""
+def load_classifier(arguments: RewardArguments, outputs: int = 1) -> Loaded:
+    """A classifier, in float32, and its tokenizer with a padding token that is not the end token."""
     with suppress_seqcls_warning():
-        model, tokenizer = load(arguments.model, AutoModelForSequenceClassification, num_labels=1)
+        model, tokenizer = load(arguments.model, AutoModelForSequenceClassification, num_labels=outputs)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # A classifier pools at the last token that is not padding: the end token would never be scored.
         raise ConfigError(
@@ -81,5 +81,9 @@ class Recipe:
     """What the rows are."""
     score: Callable[[PreTrainedModel, Sequence[Sequence[int]]], torch.Tensor] = score_ends
     """The rewards of sequences of token ids, [N] float32: what accuracy is measured of."""
+    aspects: Callable[[RewardArguments], Sequence[str]] = lambda _: ()
+    """Those that the segments of held-out rows must be scored by."""
+    measure: Callable[[PreTrainedModel, Sequence[TokenizedPreference]], dict[str, Any]] | None = None
+    """Facts about held-out rows, in place of the accuracy of `score`."""
     kind: str = "reward"
     """What the server takes the checkpoint for."""

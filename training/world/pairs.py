@@ -12,6 +12,7 @@ from typing import Any
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steersman.training.world import gold
+from steersman.training.world.aspects import annotate
 from steersman.training.world.grammar import Split, draw_prompts
 from steersman.training.world.sampling import sample
 
@@ -19,7 +20,7 @@ from steersman.training.world.sampling import sample
 def draw_pairs(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, split: Split, count: int, seed: int
 ) -> list[dict[str, Any]]:
-    """`count` rows of prompt, chosen, rejected and their gold rewards; P(chosen) = σ(gold difference).
+    """`count` rows of prompt, chosen, rejected, their gold rewards and scored segments; P(chosen) = σ(gold difference).
 
     A prompt whose two samples are the same, or whose sample did not finish, gives no row: spare prompts replace it.
     """
@@ -37,7 +38,7 @@ def draw_pairs(
         rows.append(row | rate(row["gold_chosen"], row["gold_rejected"], rating_rng))
     if len(rows) < count:
         raise RuntimeError(f"{split}: only {len(rows)} of {count} pairs: the base does not finish its responses")
-    return rows[:count]
+    return annotate(rows[:count], f"{split}/{seed}")
 
 
 def rate(gold_chosen: float, gold_rejected: float, rng: random.Random) -> dict[str, float]:

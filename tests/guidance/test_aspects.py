@@ -1,0 +1,89 @@
+"""A reward model with an output for every aspect guides as the weighted sum of its outputs."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForSequenceClassification
+
+from steersman.guidance.auxiliary import Prefix
+from steersman.guidance.checkpoints import ModelRefused
+from steersman.guidance.reward_loading import inspect_checkpoint, load_reward_model
+from tests.support.tiny import VOCABULARY, save_aspects
+from tests.support.traffic import random_prompts
+
+WEIGHTS = {"wit": 0.7, "care": -0.2, "calm": 1.5}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, rng: random.Random) -> Path:
+    return save_aspects(tmp_path / "aspects", rng.randrange(2**31), WEIGHTS)
+
+
+def test_candidates_texts_and_answers_get_the_weighted_sum(models: Path, folder: Path, rng: random.Random) -> None:
+    served = load_reward_model("aspects", str(folder), AutoTokenizer.from_pretrained(models / "base"))
+    slow = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64).eval()
+    assert isinstance(slow, LlamaForSequenceClassification)
+
+    def reward(ids: list[int]) -> float:
+        with torch.inference_mode():
+            (outputs,) = slow(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits.tolist()
+        return sum(weight * output for weight, output in zip(WEIGHTS.values(), outputs, strict=True))
+
+    prompt, *answers = random_prompts(rng, 4, shortest=3, longest=30)
+    candidates = torch.randint(2, VOCABULARY, (1, 5))
+    with torch.inference_mode():
+        rewards, _ = served.score([Prefix("a", prompt, answers[0])], candidates, None)
+    expected = [reward([*prompt, *answers[0], v]) for v in candidates[0].tolist()]
+    assert rewards[0].tolist() == pytest.approx(expected, abs=1e-4)
+    each = [reward([*prompt, *answers[1][: n + 1]]) for n in range(len(answers[1]))]
+    assert served.score_text(prompt, answers[1]) == pytest.approx(each, abs=1e-4)
+    ends, _ = served.score_answers(prompt, answers)
+    assert ends == pytest.approx([reward([*prompt, *answer]) for answer in answers], abs=1e-4)
+
+
+def test_users_are_shown_what_each_aspect_weighs(models: Path, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models / "base")
+    assert inspect_checkpoint("aspects", str(folder), tokenizer)[2] == "causal"
+    described = load_reward_model("aspects", str(folder), tokenizer).describe()
+    assert (described["kind"], described["objective"], described["aspects"]) == ("causal", "aspects", WEIGHTS)
+
+
+@pytest.mark.parametrize("where", ["segments", "tokens"])
+def test_a_model_that_knows_ends_of_segments_only_is_served_with_a_warning(
+    models: Path, folder: Path, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"steersman": config["steersman"] | {"aspects_at": where}}))
+    load_reward_model("aspects", str(folder), AutoTokenizer.from_pretrained(models / "base"))
+    assert ("steers badly" in caplog.text) == (where == "segments")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"weights": [0.5, 0.5]}, "3 outputs, but 3 steersman.aspects and 2 steersman.weights"),
+        ({"aspects": ["wit"], "weights": [1.0]}, "3 outputs, but 1 steersman.aspects"),
+        ({"weights": None}, "steersman.weights, a number for each"),
+        ({"weights": [1.0, "much", 1.0]}, "steersman.weights, a number for each"),
+        ({"aspects": "wit"}, "needs steersman.aspects, their names"),
+    ],
+)
+def test_outputs_without_a_weight_each_are_refused(
+    models: Path, folder: Path, changes: dict[str, Any], complaint: str
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"steersman": config["steersman"] | changes}))
+    with pytest.raises(ModelRefused, match=complaint):
+        inspect_checkpoint("aspects", str(folder), AutoTokenizer.from_pretrained(models / "base"))
+
+
+def test_several_outputs_without_the_kind_are_refused(models: Path, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["steersman"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelRefused, match="has 3 outputs; a reward model has one"):
+        inspect_checkpoint("aspects", str(folder), AutoTokenizer.from_pretrained(models / "base"))

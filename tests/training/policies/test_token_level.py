@@ -1,0 +1,67 @@
+"""TDPO's trainers against the papers' formulas."""
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steersman.training.policies.arguments import MethodName
+from tests.support.policies import (
+    compute_loss,
+    distributions,
+    draw_rows,
+    log_ratios,
+    log_sigmoid,
+    make_trainer,
+    step_away,
+    token_logprobs,
+)
+
+
+@pytest.mark.parametrize("method", ["tdpo1", "tdpo2"])
+def test_the_loss_is_the_margin_of_dpo_less_the_difference_of_the_sequential_kl(
+    folder: Path, rng: random.Random, method: MethodName
+) -> None:
+    """Equations 13 and 14 of TDPO, and the SFT loss on chosen responses beside."""
+    rows = draw_rows(rng, 5)
+    trainer = make_trainer(folder, method, rows, sft_weight=0.1)
+    (batch,) = trainer.get_train_dataloader()
+    models = step_away(trainer, folder)
+    expected, chosen = 0.0, []
+    for row in rows:
+        (ratio_w, kl_w), (ratio_l, kl_l) = (
+            (sum(log_ratios(*models, row.prompt, y)), kl(*models, row.prompt, y)) for y in (row.chosen, row.rejected)
+        )
+        delta = kl_l - kl_w if method == "tdpo1" else 0.5 * (kl_l - kl_w)
+        expected -= log_sigmoid(0.3 * (ratio_w - ratio_l - delta)) / len(rows)
+        chosen += token_logprobs(models[0], row.prompt, row.chosen)
+    assert compute_loss(trainer, batch) == pytest.approx(expected - 0.1 * sum(chosen) / len(chosen), rel=1e-4)
+
+
+def test_what_is_logged(folder: Path, rng: random.Random) -> None:
+    rows = draw_rows(rng, 4)
+    trainer: Any = make_trainer(folder, "tdpo2", rows)
+    (batch,) = trainer.get_train_dataloader()
+    models = step_away(trainer, folder)
+    compute_loss(trainer, batch)
+    rewards = {side: [0.3 * sum(log_ratios(*models, r.prompt, getattr(r, side))) for r in rows] for side in SIDES}
+    kls = {side: [kl(*models, row.prompt, getattr(row, side)) for row in rows] for side in SIDES}
+    margins = [w - l for w, l in zip(rewards["chosen"], rewards["rejected"], strict=True)]
+    expected = {f"rewards/{side}": values for side, values in rewards.items()}
+    expected |= {f"sequential_kl/{side}": values for side, values in kls.items()}
+    expected |= {"rewards/margins": margins, "rewards/accuracies": [float(margin > 0) for margin in margins]}
+    logged = trainer._metrics["train"]
+    assert {name: logged[name] for name in expected} == {
+        name: [pytest.approx(math.fsum(values) / len(rows), rel=1e-3, abs=1e-5)] for name, values in expected.items()
+    }
+
+
+SIDES = ("chosen", "rejected")
+
+
+def kl(policy: Any, reference: Any, prompt: list[int], response: list[int]) -> float:
+    """Σ_t KL(π_ref ‖ π)."""
+    own, other = (distributions(model, prompt, response) for model in (policy, reference))
+    return float((other.exp() * (other - own)).sum())
