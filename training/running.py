@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -134,16 +133,11 @@ class _Continuity(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, train_dataloader: Any, **_: Any
     ) -> None:
-        """Every order is drawn from seed and epoch alone.
-
-        Left to itself, a run of several processes that is continued within a later epoch has the first one's order, and
-        rows that are grouped by length have whichever the global random state gives, in groups of one process's batch.
-        """
-        epoch, sampler = int(state.epoch or 0), _sampler(train_dataloader)
-        if isinstance(sampler, SeedableRandomSampler):
-            sampler.set_epoch(epoch)
-        elif isinstance(sampler, LengthGroupedSampler):
-            sampler.generator = torch.Generator().manual_seed(args.seed + epoch)
+        """Rows that are grouped by length are drawn from seed and epoch, as other rows are by accelerate; left alone
+        they would have the order that the global random state gives, in groups of the size of one process's batch."""
+        sampler = _sampler(train_dataloader)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch or 0))
             sampler.batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
