@@ -16,7 +16,9 @@ from steersman.training.checkpoints import round_weights, save_checkpoint, write
 from steersman.training.configuration import run
 from steersman.training.data import TokenizedPreference, load_preferences, load_tokenizer
 from steersman.training.endings import ended, ending_of
+from steersman.training.figure import draw_accuracy
 from steersman.training.lora import add_lora, merge_lora
+from steersman.training.output import replacing
 from steersman.training.rewards.arguments import Objective, RewardArguments, check
 from steersman.training.rewards.aspects import ASPECTS
 from steersman.training.rewards.causal import PARTIAL
@@ -26,6 +28,7 @@ from steersman.training.rewards.prefix_value import PREFIX_VALUE
 from steersman.training.rewards.rated import REGRESSION, SCALED
 from steersman.training.rewards.recipe import Recipe, window_of
 from steersman.training.rewards.vocabulary import VOCABULARY
+from steersman.training.running import train
 
 RECIPES: dict[Objective, Recipe] = {
     "full": FULL,
@@ -56,19 +59,23 @@ def train_reward(arguments: RewardArguments, config: RewardConfig) -> dict[str, 
     model, tokenizer = recipe.load(arguments)
     adapted = add_lora(model, arguments.lora_rank)
     trainer = recipe.make_trainer(arguments, config, adapted, tokenizer, rows)
-    trainer.train()
-    model = merge_lora(adapted)
-    round_weights(model, arguments.store)
     facts = _facts(arguments, config, len(rows)) | recipe.describe(arguments)
     if not is_causal(model.config):
         facts["kind"] = "text"
+    trained = train(trainer)
+    if trained is None:
+        return facts
+    trained = merge_lora(trained)
+    round_weights(trained, arguments.store)
     if held_out:
         measure = recipe.measure or _measure_accuracy(recipe, tokenizer)
-        facts |= measure(model, held_out) | {"validation_pairs": len(held_out)}
-    if trainer.is_world_process_zero():
-        save_checkpoint(model, tokenizer, config.output_dir, facts, store=arguments.store)
+        facts |= measure(trained, held_out) | {"validation_pairs": len(held_out)}
+    with replacing(config.output_dir) as folder:
+        save_checkpoint(trained, tokenizer, folder, facts, store=arguments.store)
+        if "accuracy" in facts and arguments.figure:
+            draw_accuracy(folder, facts, Path(config.output_dir).name)
         seen = f"{recipe.seen} ({len(rows)} {recipe.rows})"
-        write_reward_card(config.output_dir, Path(config.output_dir).name, facts, seen)
+        write_reward_card(folder, Path(config.output_dir).name, facts, seen)
     return facts
 
 
@@ -98,7 +105,7 @@ def _facts(arguments: RewardArguments, config: RewardConfig, rows: int) -> dict[
         recipe.rows: rows,
         "learning_rate": config.learning_rate,
         "epochs": config.num_train_epochs,
-        "batch": config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        "batch": config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size,
         "seed": config.seed,
     }
     given = {name: getattr(arguments, name) for name in ("label_smoothing", "lora_rank")}

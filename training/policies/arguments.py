@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from steersman.training.configuration import ConfigError
+from steersman.training.configuration import ConfigError, RunArguments
 
 MethodName = Literal["dpo", "tdpo1", "tdpo2", "1d", "2d", "kto", "orpo", "simpo"]
 
 
-@dataclass
-class MethodArguments:
+@dataclass(kw_only=True)
+class MethodArguments(RunArguments):
     """What decides which configuration the rest is read into."""
 
     method: MethodName = field(

@@ -36,6 +36,10 @@ class PairRewardTrainer(RewardTrainer):
         """The columns of the dataset that reach the collator."""
         self._signature_columns = [*IDS, *self.columns]
 
+    def count_terms(self, batch: dict[str, Any]) -> Tensor:
+        """Over how many terms the loss of a batch is the mean: here pairs."""
+        return torch.tensor(len(batch["input_ids"]) // 2)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:

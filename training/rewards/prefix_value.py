@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
@@ -53,6 +53,10 @@ class PrefixValueTrainer(RewardTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         """The columns of the dataset that reach the collator."""
         self._signature_columns = ["input_ids", "prompt", "reward"]
+
+    def count_terms(self, batch: dict[str, Any]) -> Tensor:
+        """The tokens of all answers."""
+        return batch["response"].sum()
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
