@@ -13,37 +13,55 @@ from steersman.training.prefixes import SHARES
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train what steers: `steersman train KIND --config CONFIG` with flags, or TRL's own trainer."""
+    """A way to train what steers, and to steer by it."""
 
     kind: str
     config: str
+    """Of `training/configs/`."""
     folder: str
+    """Of its models; methods with the same one decode with the same models."""
     flags: tuple[tuple[str, Any], ...] = ()
+    teacher: str | None = None
+    """Folder of the reward model that it learns from."""
     trl: bool = False
+    """By TRL's own trainer."""
+    end_token: bool = False
+    """Candidates are scored as if the answer ended there."""
 
 
+def _reward(name: str, folder: str | None = None, **options: Any) -> Method:
+    return Method("reward", f"reward-{name}.yaml", folder or name, **options)
+
+
+def _kept(kind: str, config: str, percent: int) -> Method:
+    return Method(kind, config, f"{config.removesuffix('.yaml')}-{percent}", (("keep", percent / 100),))
+
+
+_ENDED = ", with end token"
 METHODS = {
-    "full, TRL": Method("reward", "reward-full.yaml", "trl-full", trl=True),
-    "full": Method("reward", "reward-full.yaml", "full"),
-    "truncated to 50 %": Method("reward", "reward-truncated.yaml", "truncated-50", (("keep", 0.5),)),
-    "truncated to 40 %": Method("reward", "reward-truncated.yaml", "truncated-40", (("keep", 0.4),)),
-    "truncated to 33 %": Method("reward", "reward-truncated.yaml", "truncated-33", (("keep", 0.33),)),
-    "truncated to 25 %": Method("reward", "reward-truncated.yaml", "truncated-25", (("keep", 0.25),)),
-    "partial, subset": Method("reward", "reward-partial.yaml", "partial-subset", (("prefixes", "subset"),)),
-    "partial, causal": Method("reward", "reward-partial.yaml", "partial", (("prefixes", "causal"),)),
-    "vocabulary": Method("reward", "reward-vocabulary.yaml", "vocabulary"),
+    "full, TRL": _reward("full", "trl-full", trl=True),
+    "full": _reward("full"),
+    f"full{_ENDED}": _reward("full", end_token=True),
+    **{f"truncated to {p} %": _kept("reward", "reward-truncated.yaml", p) for p in (50, 40, 33, 25)},
+    "scaled": _reward("scaled"),
+    f"scaled{_ENDED}": _reward("scaled", end_token=True),
+    "regression": _reward("regression"),
+    f"regression{_ENDED}": _reward("regression", end_token=True),
+    "aspects": _reward("aspects"),
+    "partial, subset": _reward("partial", "partial-subset", flags=(("prefixes", "subset"),)),
+    "partial, causal": _reward("partial", flags=(("prefixes", "causal"),)),
+    "prefix value": _reward("prefix-value", teacher="full"),
+    "vocabulary": _reward("vocabulary"),
+    "distilled": _reward("distilled", teacher="partial"),
     "DPO, TRL": Method("dpo", "dpo.yaml", "trl-dpo", trl=True),
-    "DPO": Method("dpo", "dpo.yaml", "dpo-100"),
-    "DPO on 50 %": Method("dpo", "dpo.yaml", "dpo-50", (("keep", 0.5),)),
-    "DPO on 40 %": Method("dpo", "dpo.yaml", "dpo-40", (("keep", 0.4),)),
-    "DPO on 33 %": Method("dpo", "dpo.yaml", "dpo-33", (("keep", 0.33),)),
-    "DPO on 25 %": Method("dpo", "dpo.yaml", "dpo-25", (("keep", 0.25),)),
+    "DPO": Method("dpo", "dpo.yaml", "dpo"),
+    **{f"DPO on {p} %": _kept("dpo", "dpo.yaml", p) for p in (50, 40, 33, 25)},
 }
 TRUNCATED = {
     "reward model": ("full", "truncated to 50 %", "truncated to 40 %", "truncated to 33 %", "truncated to 25 %"),
     "DPO": ("DPO", "DPO on 50 %", "DPO on 40 %", "DPO on 33 %", "DPO on 25 %"),
 }
-_KEPT = ("100 %", "50 %", "40 %", "33 %", "25 %")
+_SHARES_KEPT = ("100 %", "50 %", "40 %", "33 %", "25 %")
 
 
 @dataclass(frozen=True)
@@ -80,7 +98,8 @@ def _objectives(measured: Measured) -> Finding:
             for heading, measure in (("gold reward", "gold"), ("judge", "judge"), ("KL, nats", "kl"))
         },
     }
-    pairs = (("partial, causal", "full"), ("full", "full, TRL"), ("DPO", "DPO, TRL"))
+    pairs = [("partial, causal", "full"), ("partial, causal", f"full{_ENDED}"), ("vocabulary", "partial, causal")]
+    pairs += [("distilled", "vocabulary"), ("full", "full, TRL"), ("DPO", "DPO, TRL")]
     return Finding(
         "Objectives: what reward models and policies know, and what they are worth",
         (table,),
@@ -104,7 +123,7 @@ def _gap(measured: Measured, better: str, than: str) -> str:
 def _truncation(measured: Measured) -> Finding:
     whole = {name: measured.accuracies(name)[1.0] for names in TRUNCATED.values() for name in names}
     golds = {name: over_seeds(measured.answers, name, "gold") for name in whole}
-    table = {"trained on the first": list(_KEPT)}
+    table = {"trained on the first": list(_SHARES_KEPT)}
     for heading, values, form in (("accuracy on whole responses", whole, ".3f"), ("gold reward", golds, ".2f")):
         table |= {f"{kind}: {heading}": [format(values[n], form) for n in names] for kind, names in TRUNCATED.items()}
     return Finding(
@@ -147,4 +166,4 @@ def _draw_truncation(figure: Any, whole: dict[str, Estimate], golds: dict[str, E
 
 def _line(axis: Any, values: Sequence[Estimate], colour: str, label: str) -> None:
     means, errors = [v.mean for v in values], [v.standard_error for v in values]
-    axis.errorbar(_KEPT, means, errors, fmt="o-", color=colour, capsize=2, label=label)
+    axis.errorbar(_SHARES_KEPT, means, errors, fmt="o-", color=colour, capsize=2, label=label)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from steersman.benchmarks import objective_tables
 from steersman.benchmarks.answers import Answers, Server, connected, summarise
 from steersman.benchmarks.common import RESULTS, demo_server
-from steersman.benchmarks.objective_tables import METHODS, Measured
+from steersman.benchmarks.objective_tables import METHODS, Measured, Method
 from steersman.benchmarks.plain_trl import PlainRun
 from steersman.benchmarks.quality import BETAS, ask_shown, progress_bar
 from steersman.benchmarks.runs import Pairs, Run, SmallLanguageModel, finish, one_thread
@@ -44,7 +44,8 @@ def main(argv: Sequence[str]) -> int:
     with progress_bar() as progress:
         pairs = [Pairs(_pairs(args.work, seed), args.pairs, seed) for seed in SEEDS]
         finish([SmallLanguageModel(args.work), *pairs], progress, "language model and pairs")
-        finish([_run(args.work, name, seed) for seed in SEEDS for name in METHODS], progress, "training")
+        for taught in (False, True):
+            finish(_runs(args.work, taught), progress, "training, by a teacher" if taught else "training")
     accuracy = _measure(args.work)
     betas, answers = asyncio.run(_decode(args.work, args.prompts))
     for stem, finding in objective_tables.find(Measured(accuracy, betas, answers)).items():
@@ -52,22 +53,28 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _folder(work: Path, name: str, seed: int) -> Path:
-    """Where a method's model of a seed lies."""
-    return work / f"seed{seed}" / METHODS[name].folder
+def _folder(work: Path, folder: str, seed: int) -> Path:
+    """Where a model of a seed lies."""
+    return work / f"seed{seed}" / folder
 
 
 def _pairs(work: Path, seed: int) -> Path:
     return work / f"seed{seed}" / "pairs.jsonl"
 
 
-def _run(work: Path, name: str, seed: int) -> Run:
-    method = METHODS[name]
+def _runs(work: Path, taught: bool) -> list[Run]:
+    """One for each model, by a teacher or not."""
+    methods = {method.folder: method for method in METHODS.values() if (method.teacher is not None) == taught}
+    return [_run(work, method, seed) for seed in SEEDS for method in methods.values()]
+
+
+def _run(work: Path, method: Method, seed: int) -> Run:
     start = SmallLanguageModel(work).path if method.kind == "reward" else MODELS / "base"
-    data: dict[str, Any] = {"model": start, "train_file": _pairs(work, seed), "validation_file": "", "seed": seed}
-    flags = {**data, **dict(method.flags)}
+    flags: dict[str, Any] = {"model": start, "train_file": _pairs(work, seed), "validation_file": "", "seed": seed}
+    if method.teacher is not None:
+        flags |= {"teacher": _folder(work, method.teacher, seed), "policy": MODELS / "base"}
     kind: type[Run] = PlainRun if method.trl else Run
-    return kind(method.kind, method.config, _folder(work, name, seed), flags)
+    return kind(method.kind, method.config, _folder(work, method.folder, seed), flags | dict(method.flags))
 
 
 def _measure(work: Path) -> dict[str, list[dict[str, float]]]:
@@ -81,7 +88,7 @@ def _measure(work: Path) -> dict[str, list[dict[str, float]]]:
 
 def _accuracy(work: Path, name: str, seed: int) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "base")
-    folder, rows = _folder(work, name, seed), read_rows(WORLD / "test_pairs.jsonl")
+    folder, rows = _folder(work, METHODS[name].folder, seed), read_rows(WORLD / "test_pairs.jsonl")
     if METHODS[name].kind == "reward":
         return measure_reward(folder, tokenizer, rows)
     base = AutoModelForCausalLM.from_pretrained(MODELS / "base", dtype="float32").eval()
@@ -109,11 +116,8 @@ async def _decode(work: Path, count: int) -> tuple[dict[str, float | None], dict
 
 def _flags(work: Path, seed: int) -> list[str]:
     flags = {"reward": "--reward-model", "dpo": "--policy"}
-    return [
-        part
-        for name, method in METHODS.items()
-        for part in (flags[method.kind], f"{method.folder}={_folder(work, name, seed)}")
-    ]
+    kinds = {method.folder: flags[method.kind] for method in METHODS.values()}
+    return [part for name, flag in kinds.items() for part in (flag, f"{name}={_folder(work, name, seed)}")]
 
 
 async def _tune(server: Server, name: str, progress: Any) -> float | None:
@@ -129,10 +133,11 @@ async def _tune(server: Server, name: str, progress: Any) -> float | None:
 
 
 def _setting(name: str, beta: float | None) -> Setting:
-    own = METHODS[name].folder
+    method = METHODS[name]
     if beta is None:
-        return Setting(name, {"method": "mixed", "policy": own, "mix": 1.0})
-    return Setting(name, {"method": "pargs", "reward_model": own, "top_k": 10, "beta": beta})
+        return Setting(name, {"method": "mixed", "policy": method.folder, "mix": 1.0})
+    guidance = {"method": "pargs", "reward_model": method.folder, "top_k": 10, "beta": beta}
+    return Setting(name, guidance | ({"end_token": True} if method.end_token else {}))
 
 
 if __name__ == "__main__":

@@ -22,10 +22,13 @@ def _shown(cells: list[str]) -> list[float]:
     return [float(cell.split(" ")[0]) for cell in cells]
 
 
-def test_every_method_is_of_a_recipe_that_ships_and_has_a_folder_of_its_own() -> None:
-    assert len({method.folder for method in METHODS.values()}) == len(METHODS)
+def test_every_method_is_of_a_recipe_that_ships_and_differs_from_the_others() -> None:
+    assert len(set(METHODS.values())) == len(METHODS)
+    trained = {(m.kind, m.config, m.folder, m.flags, m.teacher, m.trl) for m in METHODS.values()}
+    assert len({folder for _, _, folder, *_ in trained}) == len(trained)
     for method in METHODS.values():
         assert "train_file" in yaml.safe_load((CONFIGS / method.config).read_text(encoding="utf-8"))
+        assert method.teacher is None or method.teacher in {other.folder for other in METHODS.values()}
 
 
 def test_tables_and_verdicts_are_those_of_the_numbers(rng: random.Random) -> None:

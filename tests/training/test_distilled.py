@@ -120,7 +120,7 @@ def test_a_student_learns_what_its_teacher_says_and_is_served(folder: Path) -> N
     assert (served.kind, served.describe()["objective"]) == ("vocabulary", "distilled")
     facts = read_facts(folder / "trained")
     assert facts["accuracy"]["1"] > 0.95
-    assert (facts["teacher"], facts["top_k"]) == (str(folder / "teacher"), 10)
+    assert (facts["teacher"], facts["policy"], facts["top_k"]) == ("teacher", "model", 10)
 
     teacher = load_reward_model("teacher", str(folder / "teacher"), tokenizer, cache_bytes=CACHE)
     policy = AutoModelForCausalLM.from_pretrained(folder / "model")
@@ -146,8 +146,11 @@ def test_a_student_learns_what_its_teacher_says_and_is_served(folder: Path) -> N
         ({"policy": "OTHER", "teacher": "TEACHER"}, "has another tokenizer than the model to train"),
     ],
 )
-def test_errors_are_one_line(folder: Path, models: Path, keys: dict[str, Any], complaint: str, capsys: Any) -> None:
+def test_errors_are_one_line(
+    folder: Path, tmp_path: Path, models: Path, keys: dict[str, Any], complaint: str, capsys: Any
+) -> None:
     places = {"TEACHER": str(folder / "teacher"), "OTHER": str(models / "base")}
     keys = {key: places.get(str(value), value) for key, value in keys.items()}
-    assert command.main(["reward", "--config", str(write_config(folder, objective="distilled", **keys))]) == 2
+    config = write_config(folder, objective="distilled", output_dir=str(tmp_path), **keys)
+    assert command.main(["reward", "--config", str(config)]) == 2
     assert complaint in capsys.readouterr().err.strip().splitlines()[-1]

@@ -119,7 +119,7 @@ def test_policy_and_teacher_are_given_in_the_configuration(folder: Path, tmp_pat
     facts = read_facts(tmp_path / "value")
     finished = [line for line in made.read_text().splitlines() if json.loads(line)["reward"] is not None]
     assert facts["rollouts"] == len(finished)
-    assert (facts["policy"], facts["teacher"]) == (given["policy"], given["teacher"])
+    assert (facts["policy"], facts["teacher"]) == ("policy", "teacher")
 
 
 @pytest.mark.parametrize(

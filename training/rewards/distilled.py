@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,7 +124,8 @@ DISTILLED = Recipe(
     seen="prefixes of responses, with one output for every next token, taught by another reward model",
     describe=lambda arguments: {
         "loss": "squared error of a teacher's rewards of the policy's likeliest tokens, within a prefix",
-        "teacher": str(arguments.teacher),
+        "teacher": Path(str(arguments.teacher)).name,
+        "policy": Path(str(arguments.policy)).name,
         "prefixes_per_pair": arguments.prefixes_per_pair,
         "top_k": arguments.top_k,
     },

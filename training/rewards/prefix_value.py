@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ PREFIX_VALUE = Recipe(
     seen="every prefix of answers and the rewards that they came to",
     describe=lambda arguments: (
         {"loss": "squared error of the answer's reward at every prefix (CD-FUDGE)"}
-        | ({"policy": arguments.policy, "teacher": arguments.teacher} if arguments.policy else {})
+        | {name: Path(path).name for name in ("policy", "teacher") if (path := getattr(arguments, name))}
     ),
     make_trainer=_make_trainer,
     read=_read,
