@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import get_available_reporting_integrations
 from trl.scripts.utils import TrlParser
 
 from steersman.training.data import DataError
+from steersman.training.errors import ConfigError
+from steersman.training.output import claim
 
-Arguments = TypeVar("Arguments")
+Arguments = TypeVar("Arguments", bound="RunArguments")
 Config = TypeVar("Config")
 
 
-class ConfigError(ValueError):
-    """A configuration that can't be run; the message is one line for its author."""
+@dataclass(kw_only=True)
+class RunArguments:
+    """What every kind of training is given beyond TRL's own settings."""
+
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Replace a model that output_dir holds, and remove its checkpoints; else that is refused."},
+    )
+    figure: bool = field(
+        default=True, metadata={"help": "Draw the accuracy by prefix length beside the model, as accuracy.png."}
+    )
 
 
 def run(
@@ -29,9 +43,13 @@ def run(
 ) -> int:
     """Runs `steersman train KIND` with these command-line arguments; 2 for an error in what the user gave."""
     try:
-        train(*parse(kind, arguments_type, config_type, argv))
+        arguments, config = parse(kind, arguments_type, config_type, argv)
+        _check_reports(config)
+        claim(config, arguments.overwrite_output_dir)
+        train(arguments, config)
     except (ConfigError, DataError) as error:
-        print(f"steersman train {kind}: error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes with the same error, one says it
+            print(f"steersman train {kind}: error: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -41,6 +59,8 @@ def parse(
 ) -> tuple[Arguments, Config]:
     """The two dataclasses, from `--config FILE.yaml` and flags over it; raises ConfigError."""
     parser = _Parser((arguments_type, config_type), prog=f"steersman train {kind}")
+    # A progress bar in a terminal, lines in a log.
+    parser.set_defaults(disable_tqdm=not sys.stderr.isatty())
     try:
         arguments, config = parser.parse_args_and_config(argv)
     except (ValueError, TypeError, OSError, yaml.YAMLError, IndexError) as error:
@@ -50,6 +70,12 @@ def parse(
         if get_origin(hint) is Literal and getattr(arguments, name) not in get_args(hint):
             raise ConfigError(f"{name} is one of {', '.join(get_args(hint))}, not {getattr(arguments, name)!r}")
     return arguments, config
+
+
+def _check_reports(config: Any) -> None:
+    missing = set(config.report_to) - set(get_available_reporting_integrations())
+    if missing:
+        raise ConfigError(f"report_to: {', '.join(sorted(missing))} can't be used: the package is not installed")
 
 
 def one_line(error: Exception) -> ConfigError:

@@ -14,15 +14,18 @@ from transformers.trainer_utils import set_seed
 from trl.trainer.dpo_config import DPOConfig
 
 from steersman.training.checkpoints import round_weights, save_adapter, save_checkpoint, write_policy_card
-from steersman.training.configuration import ConfigError, load, one_line, run
+from steersman.training.configuration import ConfigError, RunArguments, load, one_line, run
 from steersman.training.data import TokenizedPreference, load_preferences
 from steersman.training.dpo_trainers import TokenizedDPOTrainer, TokenLevelDPOTrainer
+from steersman.training.figure import draw_accuracy
 from steersman.training.implicit_reward import implicit_accuracy
+from steersman.training.output import replacing
 from steersman.training.prefixes import cut, tokens_at
+from steersman.training.running import train
 
 
 @dataclass
-class DPOArguments:
+class DPOArguments(RunArguments):
     """What is trained on what. Everything else is TRL's DPOConfig: beta, loss_type, learning_rate, output_dir, …"""
 
     model: str = field(metadata={"help": "Causal language model to start from; it is the reference too."})
@@ -67,9 +70,11 @@ def train_dpo(arguments: DPOArguments, config: DPOConfig) -> dict[str, Any]:
     window = config.max_length or tokenizer.model_max_length
     rows = load_preferences(arguments.train_file, tokenizer, window)[: arguments.pairs]
     held_out = load_preferences(arguments.validation_file, tokenizer, window) if arguments.validation_file else []
-    policy = _train(arguments, config, model, tokenizer, rows)
-    round_weights(policy, arguments.store)
     facts = _facts(arguments, config, len(rows))
+    policy = _train(arguments, config, model, tokenizer, rows)
+    if policy is None:
+        return facts
+    round_weights(policy, arguments.store)
     if held_out:
         reference, _ = load(arguments.model, AutoModelForCausalLM)
         reference.to(policy.device)
@@ -77,10 +82,12 @@ def train_dpo(arguments: DPOArguments, config: DPOConfig) -> dict[str, Any]:
             "accuracy": implicit_accuracy(policy, reference, held_out, config.beta, config.per_device_eval_batch_size),
             "validation_pairs": len(held_out),
         }
-    if config.process_index == 0:
-        save = save_adapter if arguments.lora_rank else save_checkpoint
-        save(policy, tokenizer, config.output_dir, facts, store=arguments.store)
-        write_policy_card(config.output_dir, Path(config.output_dir).name, facts)
+    save = save_adapter if arguments.lora_rank else save_checkpoint
+    with replacing(config.output_dir) as folder:
+        save(policy, tokenizer, folder, facts, store=arguments.store)
+        if held_out and arguments.figure:
+            draw_accuracy(folder, facts, Path(config.output_dir).name)
+        write_policy_card(folder, Path(config.output_dir).name, facts)
     return facts
 
 
@@ -104,8 +111,8 @@ def _train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TokenizedPreference],
-) -> PreTrainedModel:
-    """The trained model, wrapped by PEFT where an adapter was asked for."""
+) -> PreTrainedModel | None:
+    """The trained model, wrapped by PEFT where an adapter was asked for; None where another process writes it."""
     rank = arguments.lora_rank
     # An alpha of the rank scales the adapter by one, so that the learning rate alone says how far it goes.
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
@@ -120,11 +127,11 @@ def _train(
         )
         if isinstance(trainer, TokenLevelDPOTrainer):
             trainer.version, trainer.alpha = (1 if arguments.method == "tdpo1" else 2), arguments.alpha
-        trainer.train()
+        policy = train(trainer)
     except (ValueError, NotImplementedError) as error:  # combinations of its settings that TRL refuses
         raise one_line(error) from error
-    policy = trainer.accelerator.unwrap_model(trainer.model)
-    policy.config.use_cache = use_cache  # switched off for training, and saved with the model that will generate
+    if policy is not None:
+        policy.config.use_cache = use_cache  # switched off for training, and saved with the model that will generate
     return policy
 
 
@@ -152,7 +159,7 @@ def _facts(arguments: DPOArguments, config: DPOConfig, pairs: int) -> dict[str, 
         "pairs": pairs,
         "learning_rate": config.learning_rate,
         "epochs": config.num_train_epochs,
-        "batch": config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        "batch": config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size,
         "seed": config.seed,
     }
     if arguments.method == "tdpo2":

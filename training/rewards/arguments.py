@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from steersman.training.configuration import ConfigError
+from steersman.training.configuration import ConfigError, RunArguments
 
 Objective = Literal["partial", "full", "truncated", "vocabulary"]
 
 
 @dataclass
-class RewardArguments:
+class RewardArguments(RunArguments):
     """What is trained on what. Everything else is TRL's RewardConfig: learning_rate, output_dir, …"""
 
     model: str = field(metadata={"help": "Checkpoint to start from: a causal language model or a reward model."})
