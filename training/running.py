@@ -7,11 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -45,18 +54,21 @@ def _write_nothing(*_: Any, **__: Any) -> None:
 
 
 def _whole_model(trainer: Trainer) -> PreTrainedModel | None:
-    model = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.is_fsdp_enabled:
-        # Every process holds a shard: they are gathered into files, and the first process reads those.
-        gathered = Path(trainer.args.output_dir) / "gathered"
-        trainer.save_model(str(gathered))
-        if trainer.is_world_process_zero():
-            import transformers
+        return gather(trainer)
+    return trainer.accelerator.unwrap_model(trainer.model) if trainer.is_world_process_zero() else None
 
-            kind = getattr(transformers, model.config.architectures[0])
-            model = kind.from_pretrained(gathered, dtype="float32").to(trainer.args.device)
-            shutil.rmtree(gathered)
-    return model if trainer.is_world_process_zero() else None
+
+def gather(trainer: Trainer) -> PreTrainedModel | None:
+    """Of a model of which every process holds a shard: written to files by all, and read from them by the first."""
+    folder = Path(trainer.args.output_dir) / "gathered"
+    trainer.save_model(str(folder))
+    if not trainer.is_world_process_zero():
+        return None
+    (kind,) = AutoConfig.from_pretrained(folder).architectures
+    model = getattr(transformers, kind).from_pretrained(folder, dtype="float32").to(trainer.args.device)
+    shutil.rmtree(folder)
+    return model
 
 
 def _checked(trainer: Trainer) -> Any:

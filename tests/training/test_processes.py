@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from steersman.training import command
 from steersman.training.checkpoints import read_facts
+from steersman.training.world.build import CONFIGS
 from tests.support.training import write_config, write_task
 
 # Every prefix of a pair: how many there are differs from row to row, and from process to process.
@@ -25,10 +26,9 @@ import sys
 from steersman.training import command
 sys.exit(max(command.main([kind, "--config", config]) for kind, config in zip(sys.argv[1::2], sys.argv[2::2])))
 """
-# accelerate's --cpu starts one process unless there is an MPI; use_cpu in the configuration keeps these off a GPU.
 LAUNCH = (
-    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-    *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    *(sys.executable, "-m", "accelerate.commands.launch"),
+    *("--config_file", str(CONFIGS / "accelerate" / "processes.yaml"), "--main_process_port", "0"),
 )
 
 

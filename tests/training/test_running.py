@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from steersman.training import command
 from steersman.training.checkpoints import read_facts
 from steersman.training.errors import ConfigError
 from steersman.training.output import checkpoints, is_whole
+from steersman.training.running import gather
 from tests.support.training import write_config, write_task
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -170,3 +171,13 @@ def test_a_checkpoint_of_other_processes_is_refused(tmp_path: Path) -> None:
     with open(tmp_path / "rng_state_1.pth", "r+b") as file:
         file.truncate(40)
     assert not is_whole(tmp_path, 2)
+
+
+def test_weights_that_are_gathered_in_files_are_the_model_s(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32")
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    gathered = gather(trainer)
+    assert gathered is not None
+    assert type(gathered) is type(model)
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in gathered.state_dict().items())
+    assert list(tmp_path.iterdir()) == []
