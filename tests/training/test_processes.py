@@ -18,7 +18,7 @@ from tests.support.training import write_config, write_task
 
 # Every prefix of a pair: how many there are differs from row to row, and from process to process.
 KINDS: dict[str, dict[str, Any]] = {
-    "reward": {"objective": "partial", "prefixes": "causal", "prefixes_per_pair": 1000},
+    "reward": {"objective": "partial", "prefixes": "causal", "prefixes_per_pair": 0},
     "dpo": {"train_sampling_strategy": "group_by_length"},
 }
 SCRIPT = """

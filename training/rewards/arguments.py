@@ -44,7 +44,9 @@ class RewardArguments(RunArguments):
         },
     )
     subset_ratio: float = field(default=1.5, metadata={"help": "Partial sequences a pair, with prefixes=subset."})
-    prefixes_per_pair: int = field(default=10, metadata={"help": "Prefixes a pair, with prefixes=causal."})
+    prefixes_per_pair: int = field(
+        default=10, metadata={"help": "Prefixes a pair, with prefixes=causal; 0 trains on all of them."}
+    )
     store: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "Precision of the weights' file; accuracy is measured on what it keeps."}
     )
@@ -52,8 +54,8 @@ class RewardArguments(RunArguments):
 
 def check(arguments: RewardArguments) -> None:
     """Raises ConfigError for a value out of range."""
-    if arguments.subset_ratio <= 0 or arguments.prefixes_per_pair < 1:
-        raise ConfigError("subset_ratio is above 0 and prefixes_per_pair at least 1")
+    if arguments.subset_ratio <= 0 or arguments.prefixes_per_pair < 0:
+        raise ConfigError("subset_ratio is above 0 and prefixes_per_pair at least 0, which is all")
     if arguments.keep <= 0 or (arguments.keep > 1 and arguments.keep != int(arguments.keep)):
         raise ConfigError(
             f"keep is a share above 0 and at most 1, or a whole number of tokens above 1, not {arguments.keep:g}"
