@@ -39,6 +39,10 @@ def claim(config: Any, overwrite: bool) -> None:
             raise ConfigError(
                 f"resume_from_checkpoint: {checkpoint} is no whole checkpoint; true takes the newest of output_dir"
             )
+    if checkpoint and getattr(config, "sync_ref_model", False):
+        raise ConfigError(
+            "sync_ref_model moves the reference, which no checkpoint holds: such a training can't be resumed"
+        )
     continues = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
     if not overwrite and not continues:
         _refuse_loss(folder, newest)

@@ -77,18 +77,18 @@ def _checked(trainer: Trainer) -> Any:
 
     def checked(*args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = step(*args, **kwargs)
-        if not _everywhere(trainer, loss.isfinite().all()):
-            raise ConfigError(_diagnose(trainer, loss.item()))
+        losses = _of_all(trainer, loss)
+        if not losses.isfinite().all():
+            raise ConfigError(_diagnose(trainer, losses[~losses.isfinite()][0].item()))
         return loss
 
     return checked
 
 
-def _everywhere(trainer: Trainer, true: torch.Tensor) -> bool:
-    """Whether something is true in all processes."""
-    if trainer.args.world_size > 1:
-        true = trainer.accelerator.gather(true.to(trainer.args.device).reshape(1))
-    return bool(true.all())
+def _of_all(trainer: Trainer, value: torch.Tensor) -> torch.Tensor:
+    """A scalar's values in all processes, so that all of them find the same."""
+    values = value.to(trainer.args.device).reshape(1)
+    return trainer.accelerator.gather(values) if trainer.args.world_size > 1 else values
 
 
 def _diagnose(trainer: Trainer, loss: float) -> str:
@@ -104,7 +104,7 @@ def _diagnose(trainer: Trainer, loss: float) -> str:
 
 def _require_finite_weights(trainer: Trainer) -> None:
     bad = _not_finite(trainer.model)
-    if not _everywhere(trainer, torch.tensor(bad is None)):
+    if _of_all(trainer, torch.tensor(bad is not None)).any():
         raise ConfigError(
             f"step {trainer.state.global_step} left a weight that is not finite{f', in {bad}' if bad else ''}, and "
             f"training stops: try a learning_rate below {trainer.args.learning_rate:g}"
@@ -150,6 +150,8 @@ class _Continuity(TrainerCallback):
         """A step's loss is known before its update, so that what the update did is looked at before it is saved."""
         if control.should_save:
             _require_finite_weights(self.trainer)
+
+    on_epoch_end = on_step_end
 
 
 def _sampler(loader: DataLoader) -> Any:

@@ -34,29 +34,25 @@ LAUNCH = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The task, trained on by one process (`reward-1`, `dpo-1`) and by two (`reward-2`, `dpo-2`)."""
+    """The task, trained on by one process (`reward-1`, `dpo-1`) and by two (`reward-2`, `dpo-2`), which then go on from
+    a checkpoint within an epoch (`reward-resumed`)."""
     folder = write_task(tmp_path_factory.mktemp("processes"), initializer_range=0.1)
-    launched: list[str] = []
-    for kind, keys in KINDS.items():
-        for processes in (1, 2):
-            name = f"{kind}-{processes}"
-            config = write_config(
-                folder,
-                **keys,
-                output_dir=str(folder / name),
-                per_device_train_batch_size=16 // processes,
-                save_strategy="steps",
-                save_steps=12,
-            ).rename(folder / f"{name}.yaml")
-            if processes == 1:
-                assert command.main([kind, "--config", str(config)]) == 0
-            else:
-                launched += [kind, str(config)]
+
+    def write(kind: str, name: str, processes: int, **keys: Any) -> list[str]:
+        steps = {"per_device_train_batch_size": 16 // processes, "save_strategy": "steps", "save_steps": 6}
+        config = write_config(folder, output_dir=str(folder / name), **KINDS[kind], **steps, **keys)
+        return [kind, str(config.rename(folder / f"{name}.yaml"))]
+
+    for kind in KINDS:
+        name, config = write(kind, f"{kind}-1", processes=1)
+        assert command.main([name, "--config", config]) == 0
+    launched = [part for kind in KINDS for part in write(kind, f"{kind}-2", processes=2)]
+    checkpoint = str(folder / "reward-2" / "checkpoint-6")
+    launched += write("reward", "reward-resumed", processes=2, resume_from_checkpoint=checkpoint)
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    subprocess.run(
-        [*LAUNCH, str(script), *launched], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600
-    )
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*LAUNCH, str(script), *launched], check=True, env=one_thread, timeout=600)
     return folder
 
 
@@ -78,6 +74,11 @@ def test_two_processes_have_the_losses_and_weights_of_one(folder: Path, kind: st
         torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4)
     assert read_facts(two) == read_facts(one)
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+
+
+def test_two_processes_resume_to_the_same_weights(folder: Path) -> None:
+    whole, resumed = (load_file(folder / name / "model.safetensors") for name in ("reward-2", "reward-resumed"))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 def test_accumulated_batches_have_the_losses_of_one(folder: Path) -> None:

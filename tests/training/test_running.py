@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from trl.trainer.dpo_config import DPOConfig
 
 from steersman.training import command
 from steersman.training.checkpoints import read_facts
 from steersman.training.errors import ConfigError
-from steersman.training.output import checkpoints, is_whole
+from steersman.training.output import checkpoints, claim, is_whole
 from steersman.training.running import gather
 from tests.support.training import write_config, write_task
 
@@ -26,8 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "causal": {"objective": "partial", "prefixes": "causal", "prefixes_per_pair": 3},
     "vocabulary": {"objective": "vocabulary", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 8},
     "dpo": {"train_sampling_strategy": "group_by_length", "disable_dropout": False},
-    "tdpo": {"method": "tdpo2"},
-    "lora": {"lora_rank": 4, "store": "bfloat16"},
+    "tdpo-lora": {"method": "tdpo2", "lora_rank": 4, "store": "bfloat16"},
 }
 
 
@@ -113,15 +113,15 @@ def test_a_loss_that_is_not_finite_stops_training_and_leaves_the_earlier_model(
     out, kind = tmp_path / "model", "causal"
     assert command.main(arguments(folder, kind, out, max_steps=1)) == 0
     earlier = {path.name: path.read_bytes() for path in out.iterdir()}
-    saved = {"save_strategy": "steps", "save_steps": 1, "overwrite_output_dir": True}
-    away = {"learning_rate": 1e30, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    away = {"max_grad_norm": 0.0, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 1}
     for keys, complaint in [
         ({"model": str(poison(folder, tmp_path / "poisoned"))}, "not finite, in model.layers.0.mlp.up_proj.weight"),
-        ({**away}, "training stops: try a learning_rate below 1e+30"),
-        ({**away, "save_strategy": "no"}, "training stops: try a learning_rate below 1e+30"),
+        ({**away, "learning_rate": 1e30}, "the loss of step 2 is nan, and training stops: try a learning_rate below"),
+        ({**away, "learning_rate": 1e39}, "step 1 left a weight that is not finite, in model.embed_tokens.weight"),
+        ({**away, "learning_rate": 1e39, "save_strategy": "no", "max_steps": 1}, "step 1 left a weight"),
     ]:
         capsys.readouterr()
-        assert command.main(arguments(folder, kind, out, **(saved | keys))) == 2
+        assert command.main(arguments(folder, kind, out, overwrite_output_dir=True, **keys)) == 2
         assert complaint in capsys.readouterr().err.splitlines()[-1]
         assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == earlier
         for checkpoint in checkpoints(out):
@@ -133,44 +133,65 @@ def test_a_model_or_checkpoints_that_are_there_are_kept_unless_told_otherwise(
 ) -> None:
     out, saving = tmp_path / "model", {"save_strategy": "steps", "save_steps": 2}
 
-    def run(kind: str, **keys: Any) -> str:
+    def run(**keys: Any) -> str:
         capsys.readouterr()
-        code = command.main(arguments(folder, kind, out, **keys))
+        code = command.main(arguments(folder, "causal", out, **keys))
         error = capsys.readouterr().err
         assert code == (2 if "error" in error else 0)
         return error
 
     # One command from the first run on: with no checkpoint yet it begins.
-    assert "resuming from the start" in run("lora", max_steps=4, resume_from_checkpoint=True, **saving)
+    assert "resuming from the start" in run(max_steps=4, resume_from_checkpoint=True, **saving)
     assert [path.name for path in checkpoints(out)] == ["checkpoint-4", "checkpoint-2"]
     before = sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*"))
-    assert "resume_from_checkpoint: true, or begin anew with overwrite_output_dir: true" in run("lora")
-    assert "checkpoint-9 is no whole checkpoint" in run("lora", resume_from_checkpoint=str(out / "checkpoint-9"))
+    assert "resume_from_checkpoint: true, or begin anew with overwrite_output_dir: true" in run()
+    assert "checkpoint-9 is no whole checkpoint" in run(resume_from_checkpoint=str(out / "checkpoint-9"))
     assert sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*")) == before
 
-    # An earlier checkpoint: what came after it is another run's.
+    # An earlier checkpoint: what came after it is another run's. At the end there is nothing left to train.
     path = str(out / "checkpoint-2")
-    assert f"resuming from {path}" in run("lora", max_steps=3, resume_from_checkpoint=path, **saving)
+    assert f"resuming from {path}" in run(max_steps=3, resume_from_checkpoint=path, **saving)
     assert [path.name for path in checkpoints(out)] == ["checkpoint-3", "checkpoint-2"]
+    finished = weights(out)
+    assert "checkpoint-3" in run(max_steps=3, resume_from_checkpoint=True, **saving)
+    assert all(torch.equal(weight, finished[name]) for name, weight in weights(out).items())
 
-    assert "error" not in run("dpo", max_steps=1, overwrite_output_dir=True, save_strategy="no")
-    assert checkpoints(out) == []
-    assert {path.name for path in out.glob("*.safetensors")} == {"model.safetensors"}
-    assert not (out / "adapter_config.json").exists()
-    assert "holds a model: name another folder, or replace it" in run("dpo", resume_from_checkpoint=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):  # of a model of another kind
+        (out / name).touch()
+    assert "error" not in run(max_steps=1, overwrite_output_dir=True, save_strategy="no", figure=False)
+    assert {path.name for path in out.iterdir()} == {
+        *("model.safetensors", "config.json", "README.md"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    }
+    assert "accuracy.png" not in (out / "README.md").read_text(encoding="utf-8")
+    assert "holds a model: name another folder, or replace it" in run(resume_from_checkpoint=True)
+
+
+def test_a_reference_that_moves_is_not_resumed(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint-4", processes=1)
+    config = DPOConfig(str(tmp_path), sync_ref_model=True, resume_from_checkpoint="true", use_cpu=True, bf16=False)
+    with pytest.raises(ConfigError, match="no checkpoint holds"):
+        claim(config, overwrite=False)
+
+
+def write_checkpoint(folder: Path, processes: int) -> None:
+    """The files by which a checkpoint is known to be whole."""
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text("{}")
+    for name in ("rng_state.pth",) if processes == 1 else (f"rng_state_{rank}.pth" for rank in range(processes)):
+        torch.save({}, folder / name)
 
 
 def test_a_checkpoint_of_other_processes_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "trainer_state.json").write_text("{}")
-    for rank in range(2):
-        torch.save({}, tmp_path / f"rng_state_{rank}.pth")
-    assert is_whole(tmp_path, 2)
-    assert not is_whole(tmp_path, 3)
+    folder = tmp_path / "checkpoint-4"
+    write_checkpoint(folder, processes=2)
+    assert is_whole(folder, 2)
+    assert not is_whole(folder, 3)
     with pytest.raises(ConfigError, match="another number of processes than 1"):
-        is_whole(tmp_path, 1)
-    with open(tmp_path / "rng_state_1.pth", "r+b") as file:
+        is_whole(folder, 1)
+    with open(folder / "rng_state_1.pth", "r+b") as file:
         file.truncate(40)
-    assert not is_whole(tmp_path, 2)
+    assert not is_whole(folder, 2)
 
 
 def test_weights_that_are_gathered_in_files_are_the_model_s(folder: Path, tmp_path: Path) -> None:
