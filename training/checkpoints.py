@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+PICTURE = "accuracy.png"
 FACTS = "steersman"  # the key of the facts in config.json
 
 
@@ -76,7 +77,7 @@ def write_reward_card(folder: str | Path, name: str, facts: dict[str, Any], seen
         f"Loss: {facts['loss']}. Learning rate {facts['learning_rate']:g}, {facts['epochs']:g} epochs, "
         f"batch {facts['batch']}, seed {facts['seed']}.",
     ]
-    lines += [*_accuracy_table(facts), *_aspect_table(facts), ""]
+    lines += [*_accuracy_table(folder, facts), *_aspect_table(facts), ""]
     lines += ["```", f"steersman serve MODEL --reward-model {name}=PATH_OF_THIS_FOLDER", "```", ""]
     (Path(folder) / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
@@ -108,7 +109,7 @@ def write_policy_card(folder: str | Path, name: str, facts: dict[str, Any]) -> N
         f"`{facts['model']}`{'' if facts['method'] in _WITHOUT_REFERENCE else ', which is its reference'}.",
         f"{trained}. Loss: {facts['loss']}, β {facts['beta']:g}{settings}. Learning rate {facts['learning_rate']:g}, "
         f"{facts['epochs']:g} epochs, batch {facts['batch']}, seed {facts['seed']}.",
-        *_accuracy_table(facts, of=" of the implicit reward β log π/π_ref"),
+        *_accuracy_table(folder, facts, of=" of the implicit reward β log π/π_ref"),
     ]
     lines += ["", "```", f"steersman serve MODEL --policy {name}=PATH_OF_THIS_FOLDER", "```", ""]
     (Path(folder) / "README.md").write_text("\n".join(lines), encoding="utf-8")
@@ -118,8 +119,8 @@ def _shown(value: Any) -> str:
     return " ".join(f"{name} {part:g}" for name, part in value.items()) if isinstance(value, dict) else str(value)
 
 
-def _accuracy_table(facts: dict[str, Any], of: str = "") -> list[str]:
-    """Lines of Markdown, none where nothing was measured."""
+def _accuracy_table(folder: str | Path, facts: dict[str, Any], of: str = "") -> list[str]:
+    """Lines of Markdown, none where nothing was measured; and the picture, if the folder has it."""
     if "accuracy" not in facts:
         return []
     shares = facts["accuracy"].items()
@@ -130,6 +131,7 @@ def _accuracy_table(facts: dict[str, Any], of: str = "") -> list[str]:
         "| share of the longer response | " + " | ".join(f"{100 * float(share):g} %" for share, _ in shares) + " |",
         "|---|" + "---|" * len(facts["accuracy"]),
         "| accuracy | " + " | ".join(f"{value:.3f}" for _, value in shares) + " |",
+        *(["", f"![Accuracy over prefix length]({PICTURE})"] if (Path(folder) / PICTURE).exists() else []),
     ]
 
 

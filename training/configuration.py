@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import get_available_reporting_integrations
 from trl.scripts.utils import TrlParser
 
 from steersman.training.data import DataError, load_tokenizer
+from steersman.training.errors import ConfigError
+from steersman.training.output import claim
 
-Arguments = TypeVar("Arguments")
+Arguments = TypeVar("Arguments", bound="RunArguments")
 Config = TypeVar("Config")
+Peeked = TypeVar("Peeked")
 
 
 _REFUSED = (ValueError, TypeError, OSError, yaml.YAMLError, IndexError)  # what the parser raises
 
 
-class ConfigError(ValueError):
-    """A configuration that can't be run; the message is one line for its author."""
+@dataclass(kw_only=True)
+class RunArguments:
+    """What every kind of training is given beyond TRL's own settings."""
+
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Replace a model that output_dir holds, and remove its checkpoints; else that is refused."},
+    )
+    figure: bool = field(
+        default=True, metadata={"help": "Draw the accuracy by prefix length beside the model, as accuracy.png."}
+    )
 
 
 def run(
@@ -35,9 +50,13 @@ def run(
     config_type: from the arguments, what the rest of them is read into.
     """
     try:
-        train(*parse(kind, arguments_type, config_type(argv), argv))
+        arguments, config = parse(kind, arguments_type, config_type(argv), argv)
+        _check_reports(config)
+        claim(config, arguments.overwrite_output_dir)
+        train(arguments, config)
     except (ConfigError, DataError) as error:
-        print(f"steersman train {kind}: error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes with the same error, one says it
+            print(f"steersman train {kind}: error: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -47,6 +66,8 @@ def parse(
 ) -> tuple[Arguments, Config]:
     """The two dataclasses, from `--config FILE.yaml` and flags over it; raises ConfigError."""
     parser = _Parser((arguments_type, config_type), prog=f"steersman train {kind}")
+    # A progress bar in a terminal, lines in a log.
+    parser.set_defaults(disable_tqdm=not sys.stderr.isatty())
     try:
         arguments, config = parser.parse_args_and_config(argv)
     except _REFUSED as error:
@@ -55,15 +76,21 @@ def parse(
     return arguments, config
 
 
-def peek(kind: str, arguments_type: type[Arguments], argv: Sequence[str]) -> Arguments:
+def peek(kind: str, arguments_type: type[Peeked], argv: Sequence[str]) -> Peeked:
     """A few of the arguments, the others left alone; raises ConfigError."""
     parser = _Parser((arguments_type,), prog=f"steersman train {kind}", add_help=False, allow_abbrev=False)
     try:
-        arguments: Arguments = parser.parse_args_and_config(argv, return_remaining_strings=True)[0]
+        arguments: Peeked = parser.parse_args_and_config(argv, return_remaining_strings=True)[0]
     except _REFUSED as error:
         raise one_line(error) from None
     _check_choices(arguments)
     return arguments
+
+
+def _check_reports(config: Any) -> None:
+    missing = set(config.report_to) - set(get_available_reporting_integrations())
+    if missing:
+        raise ConfigError(f"report_to: {', '.join(sorted(missing))} can't be used: the package is not installed")
 
 
 def one_line(error: Exception) -> ConfigError:

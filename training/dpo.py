@@ -14,7 +14,9 @@ from transformers.trainer_utils import set_seed
 from steersman.training.checkpoints import round_weights, save_adapter, save_checkpoint, write_policy_card
 from steersman.training.configuration import ConfigError, load, one_line, peek, run
 from steersman.training.data import TokenizedPreference, load_preferences, load_tokenizer
+from steersman.training.figure import draw_accuracy
 from steersman.training.implicit_reward import implicit_accuracy
+from steersman.training.output import replacing
 from steersman.training.policies.arguments import DPOArguments, MethodArguments, MethodName, check
 from steersman.training.policies.method import Method
 from steersman.training.policies.pairs import DPO
@@ -23,6 +25,7 @@ from steersman.training.policies.token_level import TDPO1, TDPO2
 from steersman.training.policies.two_dimensional import ONE_DIMENSIONAL, TWO_DIMENSIONAL
 from steersman.training.policies.unpaired import KTO
 from steersman.training.prefixes import truncate
+from steersman.training.running import train
 
 METHODS: dict[MethodName, Method] = {
     "dpo": DPO,
@@ -55,9 +58,11 @@ def train_dpo(arguments: DPOArguments, config: Any) -> dict[str, Any]:
     rows = load_rows(arguments, config, tokenizer, window)
     held_out = load_preferences(arguments.validation_file, tokenizer, window) if arguments.validation_file else []
     model, tokenizer = load(arguments.model, AutoModelForCausalLM)
-    policy = _train(arguments, config, model, tokenizer, rows)
-    round_weights(policy, arguments.store)
     facts = _facts(arguments, config, len(rows))
+    policy = _train(arguments, config, model, tokenizer, rows)
+    if policy is None:
+        return facts
+    round_weights(policy, arguments.store)
     if held_out:
         reference, _ = load(arguments.model, AutoModelForCausalLM)
         reference.to(policy.device)
@@ -65,10 +70,12 @@ def train_dpo(arguments: DPOArguments, config: Any) -> dict[str, Any]:
             "accuracy": implicit_accuracy(policy, reference, held_out, config.beta, config.per_device_eval_batch_size),
             "validation_pairs": len(held_out),
         }
-    if config.process_index == 0:
-        save = save_adapter if arguments.lora_rank else save_checkpoint
-        save(policy, tokenizer, config.output_dir, facts, store=arguments.store)
-        write_policy_card(config.output_dir, Path(config.output_dir).name, facts)
+    save = save_adapter if arguments.lora_rank else save_checkpoint
+    with replacing(config.output_dir) as folder:
+        save(policy, tokenizer, folder, facts, store=arguments.store)
+        if held_out and arguments.figure:
+            draw_accuracy(folder, facts, Path(config.output_dir).name)
+        write_policy_card(folder, Path(config.output_dir).name, facts)
     return facts
 
 
@@ -108,19 +115,19 @@ def _train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TokenizedPreference],
-) -> PreTrainedModel:
-    """The trained model, wrapped by PEFT where an adapter was asked for."""
+) -> PreTrainedModel | None:
+    """The trained model, wrapped by PEFT where an adapter was asked for; None where another process writes it."""
     rank = arguments.lora_rank
     # An alpha of the rank scales the adapter by one, so that the learning rate alone says how far it goes.
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
     use_cache = model.config.use_cache
     try:
         trainer = METHODS[arguments.method].make_trainer(config, model, tokenizer, rows, lora)
-        trainer.train()
+        policy = train(trainer)
     except (ValueError, NotImplementedError) as error:  # combinations of its settings that TRL refuses
         raise one_line(error) from error
-    policy = trainer.accelerator.unwrap_model(trainer.model)
-    policy.config.use_cache = use_cache  # switched off for training, and saved with the model that will generate
+    if policy is not None:
+        policy.config.use_cache = use_cache  # switched off for training, and saved with the model that will generate
     return policy
 
 
@@ -140,7 +147,7 @@ def _facts(arguments: DPOArguments, config: Any, pairs: int) -> dict[str, Any]:
         "pairs": pairs,
         "learning_rate": config.learning_rate,
         "epochs": config.num_train_epochs,
-        "batch": config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        "batch": config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size,
         "seed": config.seed,
     }
     if arguments.curriculum != "none":

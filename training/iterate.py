@@ -18,7 +18,7 @@ from steersman.guidance.tokenizers import same_tokenizer
 from steersman.training.answers import sample_answers
 from steersman.training.aspects import read_weights
 from steersman.training.checkpoints import add_facts, read_facts
-from steersman.training.configuration import ConfigError, load, run
+from steersman.training.configuration import ConfigError, RunArguments, load, run
 from steersman.training.data import DataError, load_tokenizer, prompt_ids
 from steersman.training.data_segment import write_lines
 from steersman.training.dpo import train_dpo
@@ -30,8 +30,8 @@ from steersman.training.selection import AspectScorer, make_pair, question, scor
 from steersman.training.sources import read_rows
 
 
-@dataclass
-class IterateArguments:
+@dataclass(kw_only=True)
+class IterateArguments(RunArguments):
     """What is sampled and scored. Everything else is the configuration of `train dpo --method 2d`."""
 
     model: str = field(metadata={"help": "Causal language model to start from."})

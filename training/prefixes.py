@@ -14,6 +14,7 @@ from dataclasses import replace
 from steersman.training.data import TokenizedPreference
 from steersman.training.segments import SegmentedResponse
 
+ALL_PREFIXES = 0  # in place of a number of them
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the longer response, at which accuracy is measured
 
 
@@ -74,5 +75,7 @@ def draw_subset(longer: Sequence[int], ratio: float, seed: int) -> list[tuple[in
 
 
 def draw_cuts(longer: int, count: int, rng: random.Random) -> list[int]:
-    """`count` different cuts of one pair, sorted; all of them where the longer response has no more tokens."""
-    return sorted(rng.sample(range(1, longer + 1), min(longer, count)))
+    """`count` different cuts of one pair, sorted; all of them where the longer response has no more tokens, or for
+    ALL_PREFIXES."""
+    every = range(1, longer + 1)
+    return list(every) if count == ALL_PREFIXES else sorted(rng.sample(every, min(longer, count)))

@@ -14,12 +14,15 @@ from steersman.training.accuracy import accuracy_by_share
 from steersman.training.checkpoints import round_weights, save_checkpoint, write_reward_card
 from steersman.training.configuration import run
 from steersman.training.data import TokenizedPreference, load_preferences, load_tokenizer
+from steersman.training.figure import draw_accuracy
+from steersman.training.output import replacing
 from steersman.training.rewards.arguments import Objective, RewardArguments, check
 from steersman.training.rewards.aspects import ASPECTS
 from steersman.training.rewards.causal import PARTIAL
 from steersman.training.rewards.pairs import FULL, TRUNCATED
 from steersman.training.rewards.recipe import Recipe, window_of
 from steersman.training.rewards.vocabulary import VOCABULARY
+from steersman.training.running import train
 
 RECIPES: dict[Objective, Recipe] = {
     "full": FULL,
@@ -45,15 +48,19 @@ def train_reward(arguments: RewardArguments, config: RewardConfig) -> dict[str, 
     held_out = _read_held_out(arguments, config, tokenizer) if arguments.validation_file else []
     model, tokenizer = recipe.load(arguments)
     trainer = recipe.make_trainer(arguments, config, model, tokenizer, rows)
-    trainer.train()
-    round_weights(model, arguments.store)
     facts = _facts(arguments, config, len(rows)) | recipe.describe(arguments)
+    trained = train(trainer)
+    if trained is None:
+        return facts
+    round_weights(trained, arguments.store)
     if held_out:
         measure = recipe.measure or _measure_accuracy(recipe)
-        facts |= measure(model, held_out) | {"validation_pairs": len(held_out)}
-    if trainer.is_world_process_zero():
-        save_checkpoint(model, tokenizer, config.output_dir, facts, store=arguments.store)
-        write_reward_card(config.output_dir, Path(config.output_dir).name, facts, recipe.seen)
+        facts |= measure(trained, held_out) | {"validation_pairs": len(held_out)}
+    with replacing(config.output_dir) as folder:
+        save_checkpoint(trained, tokenizer, folder, facts, store=arguments.store)
+        if "accuracy" in facts and arguments.figure:
+            draw_accuracy(folder, facts, Path(config.output_dir).name)
+        write_reward_card(folder, Path(config.output_dir).name, facts, recipe.seen)
     return facts
 
 
@@ -77,7 +84,7 @@ def _facts(arguments: RewardArguments, config: RewardConfig, pairs: int) -> dict
         "pairs": pairs,
         "learning_rate": config.learning_rate,
         "epochs": config.num_train_epochs,
-        "batch": config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        "batch": config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size,
         "seed": config.seed,
     }
     return facts | ({"label_smoothing": arguments.label_smoothing} if arguments.label_smoothing else {})

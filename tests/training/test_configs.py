@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from trl.trainer.reward_config import RewardConfig
 
 from steersman.training.configuration import parse
@@ -67,3 +69,16 @@ def test_iteration_knows_how_each_of_the_world_s_aspects_is_represented() -> Non
 def test_dpo_starts_from_the_base_and_trains_on_whole_responses() -> None:
     config = read(CONFIGS / "dpo.yaml")
     assert (config["model"], config["output_dir"], config["keep"]) == ("models/base", "models/dpo", 1.0)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_files_and_knows_every_key(path: Path) -> None:
+    loaded = load_config_from_file(str(path))
+    assert loaded.num_machines == 1
+    launch = launch_command_parser()
+    flags = {action.dest for action in launch._actions}
+    own = read(path)
+    for section in ("fsdp_config", "deepspeed_config"):
+        keys = {**own.get(section, {})}
+        assert keys.keys() <= flags
+        assert getattr(loaded, section) == keys

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from steersman.training.data import TokenizedPreference
-from steersman.training.prefixes import SHARES, cut, draw_cuts, draw_subset, tokens_at
+from steersman.training.prefixes import ALL_PREFIXES, SHARES, cut, draw_cuts, draw_subset, tokens_at
 from steersman.training.rewards.causal import causal_rows
 from steersman.training.rewards.pairs import subset_rows
 
@@ -59,7 +59,7 @@ def test_cuts_of_one_pair_differ_and_are_all_where_there_are_few() -> None:
     cuts = draw_cuts(30, 10, random.Random(0))
     assert cuts == sorted(set(cuts))
     assert len(cuts) == 10
-    assert draw_cuts(4, 10, random.Random(0)) == [1, 2, 3, 4]
+    assert draw_cuts(4, 10, random.Random(0)) == draw_cuts(4, ALL_PREFIXES, random.Random(0)) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -13,7 +13,7 @@ from steersman.training import command
 from steersman.training.accuracy import accuracy_by_share, score_ends, score_last_tokens
 from steersman.training.data import TokenizedPreference, load_preferences
 from steersman.training.objectives import bradley_terry
-from steersman.training.prefixes import cut, truncate
+from steersman.training.prefixes import ALL_PREFIXES, cut, truncate
 from steersman.training.rewards.causal import PrefixCollator, PrefixRewardTrainer, causal_rows
 from steersman.training.rewards.vocabulary import VocabularyRewardTrainer
 from tests.support.training import write_config, write_task
@@ -64,7 +64,7 @@ def test_training_from_yaml_learns_and_saves_what_it_measured(
         assert model.config.dtype == torch.float32
 
 
-@pytest.mark.parametrize("per_pair", [1, 4, 1000])
+@pytest.mark.parametrize("per_pair", [1, 4, ALL_PREFIXES])
 def test_prefixes_of_one_causal_forward_have_the_loss_of_separate_forwards(
     folder: Path, tmp_path: Path, per_pair: int
 ) -> None:
@@ -146,7 +146,7 @@ def cuts_of(row: TokenizedPreference, example: dict[str, Any]) -> list[int]:
         ({"store": "half"}, [], "store is one of float32, bfloat16, not 'half'"),
         ({"prefixes_per_pair": "many"}, [], "invalid int value: 'many'"),
         ({}, ["--objective", "half"], "invalid choice: 'half'"),
-        ({"prefixes_per_pair": 0}, [], "prefixes_per_pair at least 1"),
+        ({"prefixes_per_pair": -1}, [], "prefixes_per_pair at least 0, which is all"),
         ({"max_length": 20}, [], "pairs.jsonl:1: prompt and 'chosen' have"),
     ],
 )

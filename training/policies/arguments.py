@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from steersman.training.configuration import ConfigError
+from steersman.training.configuration import ConfigError, RunArguments
 
 MethodName = Literal["dpo", "tdpo1", "tdpo2", "1d", "2d", "kto", "orpo", "simpo"]
 
@@ -25,7 +25,7 @@ class MethodArguments:
 
 
 @dataclass(kw_only=True)
-class DPOArguments(MethodArguments):
+class DPOArguments(MethodArguments, RunArguments):
     """What is trained on what. Everything else is the method's configuration, TRL's with a few keys more: beta,
     loss_type, learning_rate, output_dir, …"""
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from steersman.training.configuration import ConfigError
+from steersman.training.configuration import ConfigError, RunArguments
 
 Objective = Literal["partial", "full", "truncated", "vocabulary", "aspects"]
 
 
 @dataclass
-class RewardArguments:
+class RewardArguments(RunArguments):
     """What is trained on what. Everything else is TRL's RewardConfig: learning_rate, output_dir, …"""
 
     model: str = field(metadata={"help": "Checkpoint to start from: a causal language model or a reward model."})
@@ -47,7 +47,9 @@ class RewardArguments:
         },
     )
     subset_ratio: float = field(default=1.5, metadata={"help": "Partial sequences a pair, with prefixes=subset."})
-    prefixes_per_pair: int = field(default=10, metadata={"help": "Prefixes a pair, with prefixes=causal."})
+    prefixes_per_pair: int = field(
+        default=10, metadata={"help": "Prefixes a pair, with prefixes=causal; 0 trains on all of them."}
+    )
     weights: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -70,8 +72,8 @@ class RewardArguments:
 
 def check(arguments: RewardArguments) -> None:
     """Raises ConfigError for a value out of range."""
-    if arguments.subset_ratio <= 0 or arguments.prefixes_per_pair < 1:
-        raise ConfigError("subset_ratio is above 0 and prefixes_per_pair at least 1")
+    if arguments.subset_ratio <= 0 or arguments.prefixes_per_pair < 0:
+        raise ConfigError("subset_ratio is above 0 and prefixes_per_pair at least 0, which is all")
     if arguments.keep <= 0 or (arguments.keep > 1 and arguments.keep != int(arguments.keep)):
         raise ConfigError(
             f"keep is a share above 0 and at most 1, or a whole number of tokens above 1, not {arguments.keep:g}"

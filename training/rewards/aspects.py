@@ -56,6 +56,10 @@ class AspectRewardTrainer(PrefixRewardTrainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns += RATING_COLUMNS
 
+    def count_terms(self, batch: dict[str, Any]) -> Tensor:
+        """The rated places of all responses."""
+        return (batch["positions"] != NO_POSITION).sum()
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:

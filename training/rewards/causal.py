@@ -65,6 +65,10 @@ class PrefixRewardTrainer(PairRewardTrainer):
         """The columns of the dataset that reach the collator."""
         self._signature_columns = ["chosen_ids", "rejected_ids", *POSITION_COLUMNS]
 
+    def count_terms(self, batch: dict[str, Any]) -> Tensor:
+        """The prefixes of all pairs, of which short ones have fewer."""
+        return (batch["positions"].chunk(2)[0] != NO_POSITION).sum()
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:

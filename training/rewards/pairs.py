@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +23,10 @@ class PairRewardTrainer(RewardTrainer):
     """Trains on the ends of two sequences, with labels of which a share `label_smoothing` is taken to be wrong."""
 
     label_smoothing = 0.0
+
+    def count_terms(self, batch: dict[str, Any]) -> Tensor:
+        """Over how many terms the loss of a batch is the mean: here pairs."""
+        return torch.tensor(len(batch["input_ids"]) // 2)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

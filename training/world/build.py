@@ -150,6 +150,8 @@ def build_policy(folders: Folders, name: str, seed: int) -> None:
 
 
 def _run(what: str, main: Callable[[list[str]], int], flags: dict[str, Any]) -> None:
+    # What ships is replaced, and no pictures are added to it.
+    flags |= {"overwrite_output_dir": True, "figure": False, "disable_tqdm": True}
     code = main([part for flag, value in flags.items() for part in (f"--{flag}", str(value))])
     if code:
         raise RuntimeError(f"steersman {what} ended with {code}")
