@@ -125,10 +125,11 @@ def save_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
 
 
 def write_task(folder: Path, model: Path, source: Any) -> Path:
-    """A configuration that would train on the source, over a model that is there already."""
+    """A configuration that would train on the source, and replace a model that is there already."""
     (folder / "out").mkdir()
     (folder / "out" / "model.safetensors").write_bytes(b"a model of weeks")
     keys = {"model": str(model), "train_file": str(source), "output_dir": str(folder / "out"), "max_length": 8}
+    keys["overwrite_output_dir"] = True
     (folder / "config.yaml").write_text(yaml.safe_dump(keys | {"use_cpu": True, "bf16": False}))
     return folder / "config.yaml"
 
