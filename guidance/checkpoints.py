@@ -47,6 +47,20 @@ def find_window(config: Any) -> int:
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=2**31)
 
 
+def declared_kind(config: Any) -> str | None:
+    """The kind that steersman's trainers write into a checkpoint's config, if it is one of theirs."""
+    return (getattr(config, "steersman", None) or {}).get("kind")
+
+
+def is_causal(config: Any) -> bool:
+    """Whether a model of this configuration reads a text from its start, so that what comes later changes nothing."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    encoders = {"bert", "roberta", "xlm-roberta", "electra", "camembert", "bert-generation", "roformer", "rembert"}
+    bidirectional = config.model_type in encoders or getattr(config, "is_encoder_decoder", False)
+    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not bidirectional
+
+
 def require_safetensors(path: str | Path, label: str, config: str = "config.json") -> None:
     """Refuses a local checkpoint folder that has no safetensors file."""
     folder = Path(path)

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from steersman.guidance.aspects import ASPECTS, require_aspects, weigh_outputs
-from steersman.guidance.checkpoints import ModelRefused, first_line, require_safetensors
+from steersman.guidance.checkpoints import ModelRefused, declared_kind, first_line, is_causal, require_safetensors
 from steersman.guidance.rewards import CausalReward, RewardModel, VocabularyReward
 from steersman.guidance.text_reward import TextReward
 from steersman.guidance.tokenizers import same_tokenizer, size_of
@@ -103,12 +103,7 @@ def inspect_checkpoint(
         )
     if kind == VocabularyReward.kind:
         return config, tokenizer, kind
-    return config, tokenizer, CausalReward.kind if shared and _is_causal(config) else TextReward.kind
-
-
-def declared_kind(config: Any) -> str | None:
-    """The kind that steersman's trainers write into a checkpoint's config, if it is one of theirs."""
-    return (getattr(config, "steersman", None) or {}).get("kind")
+    return config, tokenizer, CausalReward.kind if shared and is_causal(config) else TextReward.kind
 
 
 def _require_reward_head(name: str, path: str | Path, config: Any) -> None:
@@ -119,7 +114,7 @@ def _require_reward_head(name: str, path: str | Path, config: Any) -> None:
             "sequence classifier; a reward model has one score for a text (…ForSequenceClassification)"
         )
     if declared_kind(config) == ASPECTS:
-        if not _is_causal(config):
+        if not is_causal(config):
             raise ModelRefused(
                 f"reward model {name!r}: {path} scores aspects but is not causal ({config.model_type}); train it from "
                 "a causal language model"
@@ -131,7 +126,7 @@ def _require_reward_head(name: str, path: str | Path, config: Any) -> None:
 
 def _require_vocabulary_head(name: str, path: str | Path, config: Any, base_tokenizer: PreTrainedTokenizerBase) -> None:
     architectures = getattr(config, "architectures", None) or []
-    if not any(architecture.endswith("ForCausalLM") for architecture in architectures) or not _is_causal(config):
+    if not any(architecture.endswith("ForCausalLM") for architecture in architectures) or not is_causal(config):
         raise ModelRefused(
             f"reward model {name!r}: {path} says that it has a vocabulary head but is a "
             f"{', '.join(architectures) or 'model without an architecture'}; it needs one output a token (…ForCausalLM)"
@@ -141,14 +136,6 @@ def _require_vocabulary_head(name: str, path: str | Path, config: Any, base_toke
             f"reward model {name!r}: {path} has {config.get_text_config().vocab_size} outputs, the base model's "
             f"tokenizer {len(base_tokenizer)} tokens; a vocabulary head needs an output for each"
         )
-
-
-def _is_causal(config: Any) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    encoders = {"bert", "roberta", "xlm-roberta", "electra", "camembert", "bert-generation", "roformer", "rembert"}
-    bidirectional = config.model_type in encoders or getattr(config, "is_encoder_decoder", False)
-    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not bidirectional
 
 
 def _text_decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:

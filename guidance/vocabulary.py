@@ -53,27 +53,29 @@ def _blend_by_kernel(
     )
     said = readings.gather(policy, [s.row for s in steered]).to(logits.device)
     blended = blend_policy(logits, said, asked, samples)
-    _record(steered, base, logits[index], blended.opened.bool())
+    guided = logits[index]
+    totals = base.logsumexp(dim=-1), guided.logsumexp(dim=-1)
+    _record(steered, VocabularyStep(base, guided, *totals, blended.opened.bool()))
 
 
 def _blend(logits: torch.Tensor, steered: Sequence[Steered], readings: Readings) -> None:
     index = find_index(logits, [s.row.index for s in steered])
     base = logits.clone() if index is None else logits[index]
     guided = blend_readings(base, steered, readings)
-    base_logprobs = base - base.logsumexp(dim=-1, keepdim=True)
-    guided, kept = fit_budgets(steered, guided, base_logprobs)
+    base_total = base.logsumexp(dim=-1)
+    guided, kept = fit_budgets(steered, guided, base - base_total.unsqueeze(-1))
+    guided_total = guided.logsumexp(dim=-1)
     # Where policy and base have no token in common that a grammar allows, the base decodes.
-    kept = kept & guided.logsumexp(dim=-1).isfinite()
+    kept = kept & guided_total.isfinite()
     guided = torch.where(kept.unsqueeze(-1), guided, base)
     if index is None:
         logits.copy_(guided)
     else:
         logits.index_copy_(0, index, guided)
-    _record(steered, base, guided, kept)
+    _record(steered, VocabularyStep(base, guided, base_total, torch.where(kept, guided_total, base_total), kept))
 
 
-def _record(steered: Sequence[Steered], base: torch.Tensor, guided: torch.Tensor, opened: torch.Tensor) -> None:
-    step = VocabularyStep(base, guided, base.logsumexp(dim=-1), guided.logsumexp(dim=-1), opened)
+def _record(steered: Sequence[Steered], step: VocabularyStep) -> None:
     for line, s in enumerate(steered):
         s.record(step, line)
 

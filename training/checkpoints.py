@@ -72,8 +72,7 @@ def write_reward_card(folder: str | Path, name: str, facts: dict[str, Any], seen
     lines = [
         f"# {name}",
         "",
-        f"Reward model for token-level guidance, trained on {seen} ({facts['pairs']} pairs), "
-        f"starting from `{facts['model']}`.",
+        f"Reward model for token-level guidance, trained on {seen}, starting from `{facts['model']}`.",
         f"Loss: {facts['loss']}. Learning rate {facts['learning_rate']:g}, {facts['epochs']:g} epochs, "
         f"batch {facts['batch']}, seed {facts['seed']}.",
     ]

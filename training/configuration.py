@@ -99,10 +99,11 @@ def one_line(error: Exception) -> ConfigError:
 
 
 def load(path: str, auto_model: Any, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model of an Auto class, in float32, and its tokenizer; raises ConfigError or DataError."""
+    """A model of an Auto class, in float32 unless `dtype` says otherwise, and its tokenizer; raises ConfigError or
+    DataError."""
     tokenizer = load_tokenizer(path)
     try:
-        model = auto_model.from_pretrained(path, dtype="float32", **options)
+        model = auto_model.from_pretrained(path, **{"dtype": "float32", **options})
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} can't be loaded: {str(error).splitlines()[0]}") from None
     return model, tokenizer

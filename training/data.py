@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from steersman.training.endings import ending_tokens, without_ending
 from steersman.training.fields import NUMBERS, RESPONSES, SEGMENTS, check_row, template_options, with_prompt
 from steersman.training.segments import SegmentedResponse, place_segments, scored_aspects
 from steersman.training.sources import DataError, Row, first_line, read_rows
@@ -89,9 +90,28 @@ def load_preferences(
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """A checkpoint's tokenizer; raises DataError."""
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # broken files raise what the tokenizer's library likes
         raise DataError(f"{path} can't be loaded: {first_line(error)}") from None
+    if tokenizer.eos_token is None and tokenizer.sep_token is not None:
+        tokenizer.eos_token = tokenizer.sep_token  # what BERT and its kin end a text with
+    return tokenizer
+
+
+class Prompted(Protocol):
+    """A row with a prompt, whatever else it has."""
+
+    @property
+    def prompt(self) -> Any:
+        """Text or messages."""
+
+    @property
+    def where(self) -> str:
+        """The place that a message about the row names."""
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """What is passed on to the chat template."""
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -149,15 +169,15 @@ def _scored_aspects(row: Preference, name: str, needed: Sequence[str]) -> set[st
     return scored
 
 
-def prompt_ids(row: Preference, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The prompt's ids, up to where a chat template has the response begin."""
+def prompt_ids(row: Prompted, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The prompt's ids, up to where a chat template has the response begin; no end token closes them."""
     chat = not isinstance(row.prompt, str)
     text = _render(row, tokenizer, []) if chat else row.prompt
     ids: list[int] = tokenizer(text, add_special_tokens=not chat)["input_ids"]
-    return ids
+    return ids if chat else without_ending(ids, ending_tokens(tokenizer))
 
 
-def response_text(row: Preference, field: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def response_text(row: Prompted, field: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """What follows the prompt, as a chat template writes it where the response is messages."""
     response = getattr(row, field)
     if isinstance(response, str):
@@ -196,7 +216,7 @@ def segmented(
     return SegmentedResponse([*placed.ends[:-1], len(ids)], placed.scores)
 
 
-def _render(row: Preference, tokenizer: PreTrainedTokenizerBase, response: list[dict[str, str]]) -> str:
+def _render(row: Prompted, tokenizer: PreTrainedTokenizerBase, response: list[dict[str, str]]) -> str:
     try:
         return str(
             tokenizer.apply_chat_template(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
@@ -16,6 +15,7 @@ from steersman.training.configuration import ConfigError, load, one_line, peek, 
 from steersman.training.data import TokenizedPreference, load_preferences, load_tokenizer
 from steersman.training.figure import draw_accuracy
 from steersman.training.implicit_reward import implicit_accuracy
+from steersman.training.lora import lora_config
 from steersman.training.output import replacing
 from steersman.training.policies.arguments import DPOArguments, MethodArguments, MethodName, check
 from steersman.training.policies.method import Method
@@ -118,8 +118,7 @@ def _train(
 ) -> PreTrainedModel | None:
     """The trained model, wrapped by PEFT where an adapter was asked for; None where another process writes it."""
     rank = arguments.lora_rank
-    # An alpha of the rank scales the adapter by one, so that the learning rate alone says how far it goes.
-    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
+    lora = lora_config(rank, "CAUSAL_LM") if rank else None
     use_cache = model.config.use_cache
     try:
         trainer = METHODS[arguments.method].make_trainer(config, model, tokenizer, rows, lora)

@@ -22,7 +22,7 @@ def find_problems(values: dict[str, Any]) -> Iterator[str]:
     yield from problems
     for name in NUMBERS:
         if values.get(name) is not None:
-            yield from _find_number_problems(name, values[name])
+            yield from find_number_problems(name, values[name])
     texts = values if problems else with_prompt(values)
     for response, name in zip(RESPONSES, SEGMENTS, strict=True):
         if values.get(name) is not None and response in texts:
@@ -98,6 +98,7 @@ def _find_text_problems(row: dict[str, Any]) -> Iterator[str]:
 
 
 def find_value_problems(name: str, value: Any) -> Iterator[str]:
+    """What is wrong with a prompt or a response."""
     if not isinstance(value, str | list):
         yield f"'{name}' is {value!r:.40}: prompt, chosen and rejected are all text or all lists of messages"
     elif _is_empty(value):
@@ -126,7 +127,8 @@ def _find_letter_problems(name: str, text: str) -> Iterator[str]:
         yield f"{name} holds {text[error.start]!r}, which is half a character"
 
 
-def _find_number_problems(name: str, value: Any) -> Iterator[str]:
+def find_number_problems(name: str, value: Any) -> Iterator[str]:
+    """What is wrong with a number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         yield f"'{name}' is {value!r:.40}, not a finite number"
     elif name == "strength" and value <= 0:

@@ -15,7 +15,7 @@ from steersman.training.iterate import IterateArguments
 from steersman.training.policies.arguments import DPOArguments
 from steersman.training.policies.two_dimensional import TwoDimensionalConfig
 from steersman.training.representatives import read_representatives
-from steersman.training.rewards.arguments import RewardArguments
+from steersman.training.rewards.arguments import RewardArguments, check
 from steersman.training.world.aspects import WEIGHTS
 from steersman.training.world.build import CONFIGS, REWARD_MODELS
 
@@ -28,11 +28,14 @@ def read(path: Path) -> dict[str, Any]:
     return loaded
 
 
-@pytest.mark.parametrize("name", REWARD_MODELS)
-def test_a_config_names_its_own_model(name: str) -> None:
-    config = read(CONFIGS / f"{name}.yaml")
-    assert config["output_dir"] == f"models/{name}"
-    assert config["objective"] == {"partial": "partial", "vocabulary": "vocabulary"}.get(name.split("-")[1], "full")
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("reward-*.yaml")), ids=lambda path: path.stem)
+def test_a_config_of_a_reward_model_names_its_own_model_and_objective(path: Path) -> None:
+    read(path)
+    arguments, config = parse("reward", RewardArguments, RewardConfig, ["--config", str(path)])
+    check(arguments)
+    assert config.output_dir == f"models/{path.stem}"
+    name = path.stem.removeprefix("reward-").replace("-", "_")
+    assert arguments.objective == ("full" if name == "evaluation" else name)
 
 
 def test_partial_and_full_differ_only_in_objective() -> None:

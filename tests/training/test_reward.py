@@ -142,7 +142,7 @@ def cuts_of(row: TokenizedPreference, example: dict[str, Any]) -> list[int]:
         ({}, ["--train_file", "absent.jsonl"], "absent.jsonl: no such file"),
         ({}, ["--model", "./absent"], "./absent can't be loaded"),
         ({"learning_speed": 1}, [], "learning_speed"),
-        ({"objective": "half"}, [], "objective is one of partial, full, truncated, vocabulary"),
+        ({"objective": "half"}, [], "objective is one of partial, full, truncated, vocabulary, "),
         ({"store": "half"}, [], "store is one of float32, bfloat16, not 'half'"),
         ({"prefixes_per_pair": "many"}, [], "invalid int value: 'many'"),
         ({}, ["--objective", "half"], "invalid choice: 'half'"),

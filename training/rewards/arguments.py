@@ -7,7 +7,11 @@ from typing import Any, Literal
 
 from steersman.training.configuration import ConfigError, RunArguments
 
-Objective = Literal["partial", "full", "truncated", "vocabulary", "aspects"]
+Objective = Literal[
+    "partial", "full", "truncated", "vocabulary", "aspects", "distilled", "prefix_value", "regression", "scaled"
+]
+
+WITHOUT_LABELS = ("distilled", "prefix_value", "regression", "aspects")
 
 
 @dataclass
@@ -16,17 +20,23 @@ class RewardArguments(RunArguments):
 
     model: str = field(metadata={"help": "Checkpoint to start from: a causal language model or a reward model."})
     train_file: str = field(
-        metadata={"help": "Preference pairs: JSON lines, Parquet, a folder, or a Hub dataset (org/name:split)."}
+        metadata={
+            "help": "Preference pairs: JSON lines, Parquet, a folder, or a Hub dataset (org/name:split). With "
+            "objective=prefix_value rows with prompt, response and reward, or prompts that policy answers."
+        }
     )
     validation_file: str | None = field(
-        default=None, metadata={"help": "Rows of the same form; accuracy by prefix length is measured on them."}
+        default=None, metadata={"help": "Preference pairs; accuracy by prefix length is measured on them."}
     )
     objective: Objective = field(
         default="partial",
         metadata={
             "help": "partial: PARGS's equation 4, on prefixes. full: on whole responses. truncated: on the beginnings "
             "of responses. vocabulary: partial, with one output for every next token, from a causal language model. "
-            "aspects: the scores of segments, with one output for every aspect."
+            "aspects: the scores of segments, with one output for every aspect. "
+            "distilled: the same outputs, taught by a teacher. prefix_value: every prefix of an answer of the policy "
+            "learns the answer's reward. regression: the ratings score_chosen and score_rejected of whole responses. "
+            "scaled: full, every pair times its strength."
         },
     )
     keep: float = field(
@@ -65,6 +75,28 @@ class RewardArguments(RunArguments):
             "only, as in train iterate: more exact there, but what it says within a segment is arbitrary."
         },
     )
+    policy: str | None = field(
+        default=None,
+        metadata={
+            "help": "The language model that will be steered. With objective=distilled, its top_k likeliest tokens are "
+            "what the teacher scores; with prefix_value, it answers the prompts of train_file."
+        },
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Reward model to learn from. With objective=distilled, a causal one trained on prefixes; with "
+            "prefix_value, any that scores whole answers."
+        },
+    )
+    top_k: int = field(default=10, metadata={"help": "With objective=distilled, the policy's tokens at a prefix."})
+    lora_rank: int = field(
+        default=0,
+        metadata={
+            "help": "Train a LoRA adapter of this rank on all linear layers, and the output head; it is merged into "
+            "the weights that are saved. 0 trains all weights."
+        },
+    )
     store: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "Precision of the weights' file; accuracy is measured on what it keeps."}
     )
@@ -78,8 +110,21 @@ def check(arguments: RewardArguments) -> None:
         raise ConfigError(
             f"keep is a share above 0 and at most 1, or a whole number of tokens above 1, not {arguments.keep:g}"
         )
+    if arguments.top_k < 1:
+        raise ConfigError(f"top_k is at least 1, not {arguments.top_k}")
+    if arguments.objective == "distilled" and not (arguments.teacher and arguments.policy):
+        raise ConfigError("objective distilled needs teacher, a reward model, and policy, the model to be steered")
+    if arguments.objective == "prefix_value" and bool(arguments.teacher) != bool(arguments.policy):
+        raise ConfigError(
+            "policy answers the prompts and teacher rewards the answers: give both, or neither for rows "
+            "with prompt, response and reward"
+        )
+    if arguments.lora_rank < 0:
+        raise ConfigError(f"lora_rank is at least 0, not {arguments.lora_rank}; 0 trains all weights")
     if not 0 <= arguments.label_smoothing < 0.5:
         raise ConfigError(
             f"label_smoothing is from 0 to below 0.5, not {arguments.label_smoothing:g}: of labels that are wrong half "
             "of the time nothing can be learned"
         )
+    if arguments.label_smoothing and arguments.objective in WITHOUT_LABELS:
+        raise ConfigError(f"label_smoothing is of objectives that learn from labels, {arguments.objective} does not")

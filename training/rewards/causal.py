@@ -15,8 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
+from steersman.guidance.checkpoints import is_causal
 from steersman.training.configuration import ConfigError
 from steersman.training.data import TokenizedPreference
+from steersman.training.lora import without_wrapper
 from steersman.training.prefixes import draw_cuts
 from steersman.training.rewards.arguments import RewardArguments
 from steersman.training.rewards.pairs import SUBSET, PairRewardTrainer
@@ -34,7 +36,8 @@ def token_scores(model: nn.Module) -> Iterator[list[Tensor]]:
     A hook on the score head rather than a call to the inner model: wrappers around the model keep seeing its forward.
     """
     scores: list[Tensor] = []
-    handle = model.get_submodule("score").register_forward_hook(lambda _head, _inputs, output: scores.append(output))
+    head = without_wrapper(model).get_submodule("score")
+    handle = head.register_forward_hook(lambda _head, _inputs, output: scores.append(output))
     try:
         yield scores
     finally:
@@ -61,9 +64,7 @@ class PrefixCollator(DataCollatorForPreference):
 class PrefixRewardTrainer(PairRewardTrainer):
     """Trains on every position of a pair at once: L = −mean over pairs and prefixes of log σ(r_chosen − r_rejected)."""
 
-    def _set_signature_columns_if_needed(self) -> None:
-        """The columns of the dataset that reach the collator."""
-        self._signature_columns = ["chosen_ids", "rejected_ids", *POSITION_COLUMNS]
+    columns = POSITION_COLUMNS
 
     def count_terms(self, batch: dict[str, Any]) -> Tensor:
         """The prefixes of all pairs, of which short ones have fewer."""
@@ -123,7 +124,7 @@ def _make_trainer(
     if arguments.prefixes == "subset":
         made: PairRewardTrainer = SUBSET(arguments, config, model, *data)
         return made
-    if not hasattr(model, "score"):
+    if not is_causal(model.config):
         raise ConfigError(f"prefixes: causal needs a causal model, {arguments.model} is not: use subset")
     return make_prefix_trainer(PrefixRewardTrainer, arguments, config, model, *data)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,19 +11,30 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.reward_config import RewardConfig
-from trl.trainer.reward_trainer import RewardTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
 from steersman.training.data import TokenizedPreference
+from steersman.training.endings import ending_of, with_ending
 from steersman.training.objectives import bradley_terry
 from steersman.training.prefixes import cut, draw_subset, truncate
 from steersman.training.rewards.arguments import RewardArguments
 from steersman.training.rewards.recipe import Recipe
 
+IDS = ("chosen_ids", "rejected_ids")
+MakeRows = Callable[[RewardArguments, Sequence[TokenizedPreference], int], Dataset]
+
 
 class PairRewardTrainer(RewardTrainer):
-    """Trains on the ends of two sequences, with labels of which a share `label_smoothing` is taken to be wrong."""
+    """Trains on the ends of two sequences, with labels of which a share `label_smoothing` is taken to be wrong, and
+    `strength` [B], where the batch has one, is how much each counts."""
 
     label_smoothing = 0.0
+    columns: Sequence[str] = ()
+    """What the collator reads of a row beside its ids."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """The columns of the dataset that reach the collator."""
+        self._signature_columns = [*IDS, *self.columns]
 
     def count_terms(self, batch: dict[str, Any]) -> Tensor:
         """Over how many terms the loss of a batch is the mean: here pairs."""
@@ -31,18 +43,32 @@ class PairRewardTrainer(RewardTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        numbers = {name: inputs.pop(name) for name in self.columns}
         # TRL's own loss is computed beside ours: its metrics are what it logs.
         _, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        loss = self._loss(*outputs.logits.squeeze(-1).chunk(2))
+        loss = self._loss(*outputs.logits.squeeze(-1).chunk(2), **numbers)
         return (loss, outputs) if return_outputs else loss
 
-    def _loss(self, chosen: Tensor, rejected: Tensor, mask: Tensor | None = None) -> Tensor:
-        loss = bradley_terry(chosen, rejected, mask, label_smoothing=self.label_smoothing)
+    def _loss(
+        self, chosen: Tensor, rejected: Tensor, mask: Tensor | None = None, strength: Tensor | None = None
+    ) -> Tensor:
+        loss = bradley_terry(chosen, rejected, mask, strength=strength, label_smoothing=self.label_smoothing)
         if self.args.center_rewards_coefficient is not None:
             sums = (chosen + rejected).square()
             kept = sums if mask is None else sums.masked_select(mask)
             loss = loss + self.args.center_rewards_coefficient * kept.mean()
         return loss
+
+
+@dataclass
+class NumberCollator(DataCollatorForPreference):
+    """Adds [B] float32 of each of `columns`."""
+
+    columns: Sequence[str] = ()
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        return batch | {name: torch.tensor([float(example[name]) for example in examples]) for name in self.columns}
 
 
 def whole_rows(rows: Sequence[TokenizedPreference]) -> Dataset:
@@ -59,8 +85,13 @@ def subset_rows(rows: Sequence[TokenizedPreference], ratio: float, seed: int) ->
     )
 
 
-def train_on(make_rows: Callable[[RewardArguments, Sequence[TokenizedPreference], int], Dataset]) -> Any:
-    """A recipe's `make_trainer` over the rows that are made of the pairs, given the arguments and the seed."""
+def train_on(
+    make_rows: MakeRows, trainer: type[PairRewardTrainer] = PairRewardTrainer, columns: Sequence[str] = ()
+) -> Any:
+    """A recipe's `make_trainer` over the rows that are made of the pairs, given the arguments and the seed.
+
+    columns: numbers of the rows that the trainer's loss takes by name.
+    """
 
     def make_trainer(
         arguments: RewardArguments,
@@ -70,9 +101,12 @@ def train_on(make_rows: Callable[[RewardArguments, Sequence[TokenizedPreference]
         rows: Sequence[TokenizedPreference],
     ) -> PairRewardTrainer:
         dataset = make_rows(arguments, rows, config.seed)
-        trainer = PairRewardTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
-        trainer.label_smoothing = arguments.label_smoothing
-        return trainer
+        if ending := ending_of(model, tokenizer):
+            dataset = dataset.map(lambda row: {name: with_ending(row[name], ending) for name in IDS})
+        collator = NumberCollator(tokenizer.pad_token_id, columns=columns)
+        made = trainer(model, config, collator, dataset, processing_class=tokenizer)
+        made.label_smoothing, made.columns = arguments.label_smoothing, columns
+        return made
 
     return make_trainer
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer, suppress_seqcls_warning
 
+from steersman.guidance.tokenizers import same_tokenizer
 from steersman.training.accuracy import score_ends
 from steersman.training.configuration import ConfigError, load
 from steersman.training.data import TokenizedPreference, load_preferences
@@ -31,6 +32,14 @@ def load_classifier(arguments: RewardArguments, outputs: int = 1) -> Loaded:
     return model, tokenizer
 
 
+def load_beside(path: str, auto_model: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreTrainedModel:
+    """A frozen model that speaks of the same tokens as the one that is trained."""
+    model, own = load(path, auto_model, **options)
+    if not same_tokenizer(own, tokenizer):
+        raise ConfigError(f"{path} has another tokenizer than the model to train: their token ids must be the same")
+    return model.eval().requires_grad_(False)
+
+
 def window_of(config: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens that a prompt and a response have together at most."""
     return config.max_length or tokenizer.model_max_length
@@ -39,11 +48,18 @@ def window_of(config: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> int:
 Read = Callable[[RewardArguments, RewardConfig, PreTrainedTokenizerBase], Sequence[Any]]
 
 
-def read_pairs(
-    arguments: RewardArguments, config: RewardConfig, tokenizer: PreTrainedTokenizerBase
-) -> list[TokenizedPreference]:
-    """The preference pairs of `train_file`."""
-    return load_preferences(arguments.train_file, tokenizer, window_of(config, tokenizer))
+def read_pairs_with(*needed: str) -> Read:
+    """Reads the preference pairs of `train_file`, every one of which must have these numbers."""
+
+    def read(
+        arguments: RewardArguments, config: RewardConfig, tokenizer: PreTrainedTokenizerBase
+    ) -> list[TokenizedPreference]:
+        return load_preferences(arguments.train_file, tokenizer, window_of(config, tokenizer), needed=needed)
+
+    return read
+
+
+read_pairs = read_pairs_with()
 
 
 @dataclass(frozen=True)
@@ -55,12 +71,14 @@ class Recipe:
     describe: Callable[[RewardArguments], dict[str, Any]]
     """Facts for config.json: the loss in words, and the settings that belong to it."""
     make_trainer: Callable[
-        [RewardArguments, RewardConfig, PreTrainedModel, PreTrainedTokenizerBase, Sequence[TokenizedPreference]],
-        RewardTrainer,
+        [RewardArguments, RewardConfig, PreTrainedModel, PreTrainedTokenizerBase, Sequence[Any]], RewardTrainer
     ]
+    """Of what `load` and `read` gave."""
     load: Callable[[RewardArguments], Loaded] = load_classifier
     read: Read = read_pairs
     """The rows that are trained on."""
+    rows: str = "pairs"
+    """What the rows are."""
     score: Callable[[PreTrainedModel, Sequence[Sequence[int]]], torch.Tensor] = score_ends
     """The rewards of sequences of token ids, [N] float32: what accuracy is measured of."""
     aspects: Callable[[RewardArguments], Sequence[str]] = lambda _: ()

@@ -29,14 +29,33 @@ def draw_pairs(
         sample(model, tokenizer, prompts, 2 * seed + half, f"{split} pairs, {half + 1} of 2") for half in (0, 1)
     )
     rng = random.Random(f"labels/{split}/{seed}")
+    rating_rng = random.Random(f"ratings/{split}/{seed}")
     rows = []
     for prompt, one, two in zip(prompts, first, second, strict=True):
         if one == two or one[-1] != tokenizer.eos_token_id or two[-1] != tokenizer.eos_token_id:
             continue
-        rows.append(_label(prompt, tokenizer.decode(one[:-1]), tokenizer.decode(two[:-1]), rng))
+        row = _label(prompt, tokenizer.decode(one[:-1]), tokenizer.decode(two[:-1]), rng)
+        rows.append(row | rate(row["gold_chosen"], row["gold_rejected"], rating_rng))
     if len(rows) < count:
         raise RuntimeError(f"{split}: only {len(rows)} of {count} pairs: the base does not finish its responses")
     return annotate(rows[:count], f"{split}/{seed}")
+
+
+def rate(gold_chosen: float, gold_rejected: float, rng: random.Random) -> dict[str, float]:
+    """A judge's ratings of both responses, given which of them it chose, and how much better it found the chosen one.
+
+    A rating is gold plus Gumbel noise, and the higher one is chosen: that is P(chosen) = σ(gold difference), the law of
+    the labels. Given the winner, the higher rating is Gumbel around log Σ exp(gold) whichever it is, and the other one
+    around its own gold, cut off at the higher (Maddison et al. 2014, A* sampling).
+    """
+
+    def draw(location: float, bound: float = math.inf) -> float:
+        return location - math.log(math.exp(location - bound) + rng.expovariate(1.0))
+
+    score_chosen = draw(math.log(math.exp(gold_chosen) + math.exp(gold_rejected)))
+    score_rejected = draw(gold_rejected, score_chosen)
+    strength = score_chosen - score_rejected
+    return {"score_chosen": score_chosen, "score_rejected": score_rejected, "strength": strength}
 
 
 def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
