@@ -148,6 +148,6 @@ def test_a_student_learns_what_its_teacher_says_and_is_served(folder: Path) -> N
 )
 def test_errors_are_one_line(folder: Path, models: Path, keys: dict[str, Any], complaint: str, capsys: Any) -> None:
     places = {"TEACHER": str(folder / "teacher"), "OTHER": str(models / "base")}
-    keys = {key: places.get(str(value), value) for key, value in keys.items()}
+    keys = {key: places.get(str(value), value) for key, value in keys.items()} | {"overwrite_output_dir": True}
     assert command.main(["reward", "--config", str(write_config(folder, objective="distilled", **keys))]) == 2
     assert complaint in capsys.readouterr().err.strip().splitlines()[-1]
