@@ -9,7 +9,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@torch.inference_mode()
 def sample_answers(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -33,7 +32,7 @@ def sample_answers(
         torch.manual_seed(seed)
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
-            drawn = _generate(policy, tokenizer, [prompts[n] for n in rows], samples, max_new_tokens, temperature)
+            drawn = draw_texts(policy, tokenizer, [prompts[n] for n in rows], samples, max_new_tokens, temperature)
             for number, row in enumerate(rows):
                 own = drawn[number * samples : (number + 1) * samples]
                 answers[row] = list(dict.fromkeys(text for text in own if text is not None and text.strip()))
@@ -41,7 +40,8 @@ def sample_answers(
     return answers
 
 
-def _generate(
+@torch.inference_mode()
+def draw_texts(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
@@ -49,7 +49,7 @@ def _generate(
     max_new_tokens: int,
     temperature: float,
 ) -> list[str | None]:
-    """`samples` texts a prompt, one after the other; None for one that did not end."""
+    """`samples` texts a prompt, token ids, one after the other; None for one that did not end."""
     pad, ends = tokenizer.pad_token_id, _end_tokens(policy, tokenizer)
     length = max(map(len, prompts))
     spaces = [length - len(prompt) for prompt in prompts]
