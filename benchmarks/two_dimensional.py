@@ -44,7 +44,7 @@ class Benchmark:
             **{"model": MODELS / "base", "train_file": self.data(seed).path, "validation_file": "", "seed": seed},
             **{"learning_rate": rate, "save_strategy": "steps", "save_steps": 0.25, "save_only_model": True},
         }
-        folder = self.work / f"seed{seed}" / f"{method.folder}-{rate:g}"
+        folder = self.work / f"seed{seed}" / f"{method.folder}-{round(rate * 1e6)}"  # millionths
         return Run("dpo", method.config, folder, flags | dict(method.flags))
 
     def tuning(self, name: str, rate: float) -> MeasurePolicy:
