@@ -19,6 +19,7 @@ from steersman.training.output import claim
 
 Arguments = TypeVar("Arguments", bound="RunArguments")
 Config = TypeVar("Config")
+Peeked = TypeVar("Peeked")
 
 
 _REFUSED = (ValueError, TypeError, OSError, yaml.YAMLError, IndexError)  # what the parser raises
@@ -75,11 +76,11 @@ def parse(
     return arguments, config
 
 
-def peek(kind: str, arguments_type: type[Arguments], argv: Sequence[str]) -> Arguments:
+def peek(kind: str, arguments_type: type[Peeked], argv: Sequence[str]) -> Peeked:
     """A few of the arguments, the others left alone; raises ConfigError."""
     parser = _Parser((arguments_type,), prog=f"steersman train {kind}", add_help=False, allow_abbrev=False)
     try:
-        arguments: Arguments = parser.parse_args_and_config(argv, return_remaining_strings=True)[0]
+        arguments: Peeked = parser.parse_args_and_config(argv, return_remaining_strings=True)[0]
     except _REFUSED as error:
         raise one_line(error) from None
     _check_choices(arguments)

@@ -17,6 +17,7 @@ from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steersman.guidance.rewards import RewardModel
+from steersman.training.answers import draw_texts
 from steersman.training.data import check_length, prompt_ids, response_ids, response_text
 from steersman.training.fields import find_number_problems, find_value_problems, template_options
 from steersman.training.sources import DataError, Row, read_rows
@@ -96,26 +97,12 @@ def make_rollouts(
             file.flush()
 
 
-@torch.inference_mode()
 def sample_answers(
     policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], window: int
 ) -> list[str | None]:
     """The text of one answer to each prompt, at temperature 1; None where it does not end within the window."""
-    ends = policy.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    length = max(map(len, prompts))
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts], device=policy.device)
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=policy.device)
-    drawn = policy.generate(
-        ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-        max_new_tokens=max(1, window - length), eos_token_id=sorted(ends), pad_token_id=pad,
-    )[:, length:].tolist()  # fmt: skip
-    stops = [next((n for n, token in enumerate(answer) if token in ends), None) for answer in drawn]
-    return [
-        None if stop is None else tokenizer.decode(answer[:stop], skip_special_tokens=True)
-        for answer, stop in zip(drawn, stops, strict=True)
-    ]
+    room = max(1, window - max(map(len, prompts)))
+    return draw_texts(policy, tokenizer, prompts, samples=1, max_new_tokens=room, temperature=1.0)
 
 
 def _rewarded(

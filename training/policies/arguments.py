@@ -25,7 +25,7 @@ class MethodArguments(RunArguments):
 
 
 @dataclass(kw_only=True)
-class DPOArguments(MethodArguments):
+class DPOArguments(MethodArguments, RunArguments):
     """What is trained on what. Everything else is the method's configuration, TRL's with a few keys more: beta,
     loss_type, learning_rate, output_dir, …"""
 

@@ -157,10 +157,6 @@ def _make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TokenizedPreference],
 ) -> AspectRewardTrainer:
-    if arguments.label_smoothing:
-        raise ConfigError(
-            "label_smoothing: objective aspects learns ratings, not labels that may be wrong; leave it out"
-        )
     dataset = aspect_rows(rows, arguments.aspects_at == "tokens")
     model.config.num_labels = 1  # what TRL takes for a reward model
     collator = AspectCollator(tokenizer.pad_token_id)

@@ -96,7 +96,7 @@ def test_training_from_yaml_learns_saves_what_it_measured_and_guides(folder: Pat
     [
         ({"weights": {"wit": 1}}, "pairs.jsonl:1: 'chosen_segments' has no scores for 'wit'"),
         ({"weights": "much"}, "weights is a mapping of aspects to numbers"),
-        ({"label_smoothing": 0.1}, "label_smoothing: objective aspects learns ratings"),
+        ({"label_smoothing": 0.1}, "learn from labels, aspects does not"),
     ],
 )
 def test_errors_are_one_line(
