@@ -60,12 +60,7 @@ def train_reward(arguments: RewardArguments, config: RewardConfig) -> dict[str, 
     adapted = add_lora(model, arguments.lora_rank)
     trainer = recipe.make_trainer(arguments, config, adapted, tokenizer, rows)
     facts = _facts(arguments, config, len(rows)) | recipe.describe(arguments)
-    trained = train(trainer)
-    if trained is None:
-        return facts
-    trained = merge_lora(trained)
-    round_weights(trained, arguments.store)
-    if not is_causal(trained.config):
+    if not is_causal(model.config):
         facts["kind"] = "text"
     trained = train(trainer)
     if trained is None:

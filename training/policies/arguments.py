@@ -10,8 +10,8 @@ from steersman.training.configuration import ConfigError, RunArguments
 MethodName = Literal["dpo", "tdpo1", "tdpo2", "1d", "2d", "kto", "orpo", "simpo"]
 
 
-@dataclass(kw_only=True)
-class MethodArguments(RunArguments):
+@dataclass
+class MethodArguments:
     """What decides which configuration the rest is read into."""
 
     method: MethodName = field(

@@ -11,7 +11,7 @@ Objective = Literal[
     "partial", "full", "truncated", "vocabulary", "distilled", "prefix_value", "regression", "scaled", "aspects"
 ]
 
-WITHOUT_LABELS = ("distilled", "prefix_value", "regression")
+WITHOUT_LABELS = ("distilled", "prefix_value", "regression", "aspects")
 
 
 @dataclass
