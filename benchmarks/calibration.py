@@ -23,10 +23,10 @@ from steersman.benchmarks.calibration_report import Kind, report
 from steersman.benchmarks.common import RESULTS
 from steersman.benchmarks.enumerable import PROMPT, Prefix, World, save_start
 from steersman.training.accuracy import score_ends
-from steersman.training.objectives import regression
 from steersman.training.reward import train_reward
 from steersman.training.rewards.arguments import Objective, RewardArguments
 from steersman.training.rewards.causal import token_scores
+from steersman.training.rewards.losses import regression
 
 SEEDS = (0, 1, 2)
 PAIRS = 8000

@@ -16,7 +16,7 @@ from steersman.benchmarks.signals import gold_pairs
 from steersman.benchmarks.statistics import estimate
 from steersman.demo import MODELS
 from steersman.training.implicit_reward import token_log_ratios
-from steersman.training.preference_losses import sequential_kl
+from steersman.training.policies.losses import sequential_kl
 from steersman.training.world import gold
 from steersman.training.world.sampling import sample
 

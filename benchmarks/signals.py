@@ -20,7 +20,7 @@ from steersman.benchmarks.tables import BLUE, GREY, ORANGE
 from steersman.demo import MODELS, WORLD
 from steersman.kernels.reference import measure_kl, sample_kl
 from steersman.training.accuracy import accuracy_of
-from steersman.training.data import Preference, TokenizedPreference, tokenize
+from steersman.training.data.preferences import Preference, TokenizedPreference, tokenize
 from steersman.training.implicit_reward import token_log_ratios
 from steersman.training.world import gold
 from steersman.training.world.build import POLICIES

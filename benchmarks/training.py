@@ -33,7 +33,7 @@ from trl.trainer.reward_trainer import RewardTrainer
 from steersman.benchmarks.common import RESULTS, environment, write_json
 from steersman.benchmarks.tables import markdown, terminal
 from steersman.demo import MODELS, WORLD
-from steersman.training.data import TokenizedPreference, load_preferences
+from steersman.training.data.preferences import TokenizedPreference, load_preferences
 from steersman.training.prefixes import ALL_PREFIXES
 from steersman.training.rewards.causal import PrefixCollator, PrefixRewardTrainer, causal_rows
 from steersman.training.rewards.pairs import PairRewardTrainer, whole_rows

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from steersman.training.configuration import ConfigError
-from steersman.training.preference_losses import WEIGHTS
-from steersman.training.segments import ASPECTS
+from steersman.training.data.segments import ASPECTS
+from steersman.training.policies.losses import WEIGHTS
 
 PAPER = dict(zip(ASPECTS, WEIGHTS, strict=True))
 """2D-DPO's five aspects and weights."""

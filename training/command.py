@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 _KINDS = {
     "reward": ("steersman.training.reward", "a reward model, on whole responses or on prefixes"),
     "dpo": ("steersman.training.dpo", "a policy by direct preference optimisation, on responses or their beginnings"),
-    "iterate": ("steersman.training.iterate", "a policy by rounds of sampling, scoring by aspects and 2D-DPO"),
+    "iterate": (
+        "steersman.training.iterative.iterate",
+        "a policy by rounds of sampling, scoring and 2D-DPO",
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 from trl.scripts.utils import TrlParser
 
-from steersman.training.data import DataError, load_tokenizer
+from steersman.training.data.preferences import DataError, load_tokenizer
 from steersman.training.errors import ConfigError
 from steersman.training.output import claim
 

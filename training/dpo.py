@@ -12,7 +12,7 @@ from transformers.trainer_utils import set_seed
 
 from steersman.training.checkpoints import round_weights, save_adapter, save_checkpoint, write_policy_card
 from steersman.training.configuration import ConfigError, load, one_line, peek, run
-from steersman.training.data import TokenizedPreference, load_preferences, load_tokenizer
+from steersman.training.data.preferences import TokenizedPreference, load_preferences, load_tokenizer
 from steersman.training.figure import draw_accuracy
 from steersman.training.implicit_reward import implicit_accuracy
 from steersman.training.lora import lora_config

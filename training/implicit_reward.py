@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from steersman.training.accuracy import accuracy_of
-from steersman.training.data import TokenizedPreference
+from steersman.training.data.preferences import TokenizedPreference
 
 Rows = Sequence[tuple[Sequence[int], Sequence[int]]]  # prompt and response, as token ids
 

@@ -11,8 +11,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from steersman.training.data import TokenizedPreference
-from steersman.training.segments import SegmentedResponse
+from steersman.training.data.preferences import TokenizedPreference
+from steersman.training.data.segments import SegmentedResponse
 
 ALL_PREFIXES = 0  # in place of a number of them
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the longer response, at which accuracy is measured

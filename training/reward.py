@@ -14,8 +14,7 @@ from steersman.guidance.checkpoints import is_causal
 from steersman.training.accuracy import accuracy_by_share
 from steersman.training.checkpoints import round_weights, save_checkpoint, write_reward_card
 from steersman.training.configuration import run
-from steersman.training.data import TokenizedPreference, load_preferences, load_tokenizer
-from steersman.training.endings import ended, ending_of
+from steersman.training.data.preferences import TokenizedPreference, load_preferences, load_tokenizer
 from steersman.training.figure import draw_accuracy
 from steersman.training.lora import add_lora, merge_lora
 from steersman.training.output import replacing
@@ -23,6 +22,7 @@ from steersman.training.rewards.arguments import Objective, RewardArguments, che
 from steersman.training.rewards.aspects import ASPECTS
 from steersman.training.rewards.causal import PARTIAL
 from steersman.training.rewards.distilled import DISTILLED
+from steersman.training.rewards.endings import ended, ending_of
 from steersman.training.rewards.pairs import FULL, TRUNCATED
 from steersman.training.rewards.prefix_value import PREFIX_VALUE
 from steersman.training.rewards.rated import REGRESSION, SCALED

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 _COMMANDS = {
     "serve": ("steersman.server.serve", "serve a frozen model with guidance over the OpenAI API"),
     "demo": ("steersman.demo", "serve the bundled demo models and show one prompt with and without guidance"),
-    "data": ("steersman.training.data_command", "check preference data, cut it into segments, have them scored"),
+    "data": ("steersman.training.data.command", "check preference data, cut it into segments, have them scored"),
     "train": ("steersman.training.command", "train reward models and policies"),
     "evaluate": ("steersman.benchmarks.quality", "measure how good guided answers are, through a server"),
     "bench": ("steersman.benchmarks.overhead", "measure what guidance costs, beside plain decoding"),

@@ -7,7 +7,7 @@ from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from steersman.benchmarks.training import line_up, race
-from steersman.training.data import load_preferences
+from steersman.training.data.preferences import load_preferences
 from tests.support.training import write_task
 
 

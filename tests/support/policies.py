@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer
 
-from steersman.training.data import TokenizedPreference
+from steersman.training.data.preferences import TokenizedPreference
+from steersman.training.data.segments import SegmentedResponse
 from steersman.training.dpo import METHODS
 from steersman.training.policies.arguments import MethodName
-from steersman.training.segments import SegmentedResponse
 from tests.support.training import VOCABULARY
 
 EOS = 1

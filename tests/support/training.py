@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from steersman.training.segments import ASPECTS
+from steersman.training.data.segments import ASPECTS
 from steersman.training.world.grammar import draw_prompts
 from steersman.training.world.tokenizer import train_tokenizer
 

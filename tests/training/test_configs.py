@@ -11,10 +11,10 @@ from trl.trainer.reward_config import RewardConfig
 
 from steersman.training.configuration import parse
 from steersman.training.dpo import METHODS, config_type
-from steersman.training.iterate import IterateArguments
+from steersman.training.iterative.iterate import IterateArguments
+from steersman.training.iterative.representatives import read_representatives
 from steersman.training.policies.arguments import DPOArguments
 from steersman.training.policies.two_dimensional import TwoDimensionalConfig
-from steersman.training.representatives import read_representatives
 from steersman.training.rewards.arguments import RewardArguments, check
 from steersman.training.world.aspects import WEIGHTS
 from steersman.training.world.build import CONFIGS, REWARD_MODELS

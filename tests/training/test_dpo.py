@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steersman.training import command
 from steersman.training.checkpoints import read_facts
-from steersman.training.data import load_preferences
+from steersman.training.data.preferences import load_preferences
 from steersman.training.dpo import METHODS, load_rows
 from steersman.training.implicit_reward import implicit_accuracy
 from steersman.training.policies.arguments import DPOArguments, MethodName

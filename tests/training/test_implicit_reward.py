@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from steersman.training.data import TokenizedPreference
+from steersman.training.data.preferences import TokenizedPreference
 from steersman.training.implicit_reward import implicit_accuracy, implicit_reward
 from steersman.training.prefixes import SHARES, cut, tokens_at
 

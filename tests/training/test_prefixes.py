@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from steersman.training.data import TokenizedPreference
+from steersman.training.data.preferences import TokenizedPreference
 from steersman.training.prefixes import ALL_PREFIXES, SHARES, cut, draw_cuts, draw_subset, tokens_at
 from steersman.training.rewards.causal import causal_rows
 from steersman.training.rewards.pairs import subset_rows

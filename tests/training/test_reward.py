@@ -11,10 +11,10 @@ from trl.trainer.reward_config import RewardConfig
 from steersman.guidance.reward_loading import load_reward_model
 from steersman.training import command
 from steersman.training.accuracy import accuracy_by_share, score_ends, score_last_tokens
-from steersman.training.data import TokenizedPreference, load_preferences
-from steersman.training.objectives import bradley_terry
+from steersman.training.data.preferences import TokenizedPreference, load_preferences
 from steersman.training.prefixes import ALL_PREFIXES, cut, truncate
 from steersman.training.rewards.causal import PrefixCollator, PrefixRewardTrainer, causal_rows
+from steersman.training.rewards.losses import bradley_terry
 from steersman.training.rewards.vocabulary import VocabularyRewardTrainer
 from tests.support.training import write_config, write_task
 

@@ -13,8 +13,8 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_config import DPOConfig
 
 from steersman.training.configuration import ConfigError
+from steersman.training.policies.losses import sequential_kl
 from steersman.training.policies.pairs import TokenizedDPOTrainer
-from steersman.training.preference_losses import sequential_kl
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from steersman.training.data import TokenizedPreference
+from steersman.training.data.preferences import TokenizedPreference
 
 
 @dataclass(frozen=True)

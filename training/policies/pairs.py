@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from steersman.training.data import TokenizedPreference
+from steersman.training.data.preferences import TokenizedPreference
 from steersman.training.policies.method import Method
 
 COLUMNS: tuple[str, ...] = ("chosen_segments", "rejected_segments")

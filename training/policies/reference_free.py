@@ -13,7 +13,7 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from steersman.training.configuration import ConfigError
-from steersman.training.data import TokenizedPreference
+from steersman.training.data.preferences import TokenizedPreference
 from steersman.training.policies.method import Method
 
 

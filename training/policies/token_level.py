@@ -10,9 +10,9 @@ from torch import Tensor
 from steersman.training.configuration import ConfigError
 from steersman.training.policies import distributions
 from steersman.training.policies.distributions import DistributionConfig, DistributionDPOTrainer
+from steersman.training.policies.losses import token_level_dpo
 from steersman.training.policies.method import Method
 from steersman.training.policies.pairs import train_with
-from steersman.training.preference_losses import token_level_dpo
 
 
 @dataclass

@@ -15,13 +15,13 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from steersman.training.aspects import PAPER, read_weights
 from steersman.training.configuration import ConfigError
-from steersman.training.data import TokenizedPreference
+from steersman.training.data.preferences import TokenizedPreference
+from steersman.training.data.segments import ASPECTS
 from steersman.training.policies import distributions
 from steersman.training.policies.distributions import DistributionConfig, DistributionDPOTrainer
+from steersman.training.policies.losses import Segments, two_dimensional_dpo
 from steersman.training.policies.method import Method
 from steersman.training.policies.pairs import COLUMNS, paired
-from steersman.training.preference_losses import Segments, two_dimensional_dpo
-from steersman.training.segments import ASPECTS
 
 NO_SEGMENT = -1
 

@@ -12,7 +12,7 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from steersman.training.configuration import ConfigError
-from steersman.training.data import TokenizedPreference
+from steersman.training.data.preferences import TokenizedPreference
 from steersman.training.policies.method import Method
 
 

@@ -17,8 +17,8 @@ from trl.trainer.reward_trainer import RewardTrainer
 
 from steersman.training.aspects import read_weights
 from steersman.training.configuration import ConfigError
-from steersman.training.data import TokenizedPreference, load_preferences
-from steersman.training.objectives import regression
+from steersman.training.data.preferences import TokenizedPreference, load_preferences
+from steersman.training.data.segments import SegmentedResponse
 from steersman.training.rewards.arguments import RewardArguments
 from steersman.training.rewards.causal import (
     NO_POSITION,
@@ -28,8 +28,8 @@ from steersman.training.rewards.causal import (
     at_positions,
     token_scores,
 )
+from steersman.training.rewards.losses import regression
 from steersman.training.rewards.recipe import Loaded, Recipe, load_classifier, window_of
-from steersman.training.segments import SegmentedResponse
 
 RATING_COLUMNS = ("chosen_ratings", "rejected_ratings")
 

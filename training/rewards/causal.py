@@ -17,7 +17,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
 from steersman.guidance.checkpoints import is_causal
 from steersman.training.configuration import ConfigError
-from steersman.training.data import TokenizedPreference
+from steersman.training.data.preferences import TokenizedPreference
 from steersman.training.lora import without_wrapper
 from steersman.training.prefixes import draw_cuts
 from steersman.training.rewards.arguments import RewardArguments

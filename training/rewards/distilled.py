@@ -19,10 +19,10 @@ from trl.trainer.reward_config import RewardConfig
 from steersman.guidance.checkpoints import is_causal
 from steersman.training.accuracy import score_ends, score_last_tokens
 from steersman.training.configuration import ConfigError
-from steersman.training.data import TokenizedPreference
-from steersman.training.objectives import distillation, regression
+from steersman.training.data.preferences import TokenizedPreference
 from steersman.training.rewards.arguments import RewardArguments
 from steersman.training.rewards.causal import NO_POSITION, make_prefix_trainer, token_scores
+from steersman.training.rewards.losses import distillation, regression
 from steersman.training.rewards.recipe import Recipe, load_beside
 from steersman.training.rewards.vocabulary import (
     VocabularyRewardTrainer,

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
-from steersman.training.data import TokenizedPreference
-from steersman.training.endings import ending_of, with_ending
-from steersman.training.objectives import bradley_terry
+from steersman.training.data.preferences import TokenizedPreference
 from steersman.training.prefixes import cut, draw_subset, truncate
 from steersman.training.rewards.arguments import RewardArguments
+from steersman.training.rewards.endings import ending_of, with_ending
+from steersman.training.rewards.losses import bradley_terry
 from steersman.training.rewards.recipe import Recipe
 
 IDS = ("chosen_ids", "rejected_ids")

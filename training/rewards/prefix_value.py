@@ -18,11 +18,11 @@ from steersman.guidance.auxiliary import Unscorable
 from steersman.guidance.checkpoints import ModelRefused, is_causal
 from steersman.guidance.reward_loading import load_reward_model
 from steersman.training.configuration import ConfigError, one_line
-from steersman.training.objectives import regression
 from steersman.training.rewards.arguments import RewardArguments
 from steersman.training.rewards.causal import token_scores
+from steersman.training.rewards.losses import regression
 from steersman.training.rewards.recipe import Recipe, load_beside, window_of
-from steersman.training.rollouts import TokenizedRollout, load_rollouts, make_rollouts, name_rollouts
+from steersman.training.rewards.rollouts import TokenizedRollout, load_rollouts, make_rollouts, name_rollouts
 
 
 @dataclass

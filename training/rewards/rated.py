@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from steersman.training.data import TokenizedPreference
-from steersman.training.objectives import regression
+from steersman.training.data.preferences import TokenizedPreference
+from steersman.training.rewards.losses import regression
 from steersman.training.rewards.pairs import PairRewardTrainer, train_on, whole_rows
 from steersman.training.rewards.recipe import Recipe, read_pairs_with
 

@@ -14,7 +14,7 @@ from trl.trainer.reward_trainer import RewardTrainer, suppress_seqcls_warning
 from steersman.guidance.tokenizers import same_tokenizer
 from steersman.training.accuracy import score_ends
 from steersman.training.configuration import ConfigError, load
-from steersman.training.data import TokenizedPreference, load_preferences
+from steersman.training.data.preferences import TokenizedPreference, load_preferences
 from steersman.training.rewards.arguments import RewardArguments
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 from steersman.guidance.reward_loading import load_reward_model
 from steersman.training.accuracy import accuracy_of
 from steersman.training.checkpoints import read_facts
-from steersman.training.data import Preference, TokenizedPreference, tokenize
+from steersman.training.data.preferences import Preference, TokenizedPreference, tokenize
 from steersman.training.implicit_reward import implicit_accuracy
 from steersman.training.prefixes import SHARES, cut, tokens_at
 from steersman.training.world import gold

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from steersman.training.data.segments import SegmentedResponse
 from steersman.training.policies.arguments import MethodName
 from steersman.training.prefixes import truncate
-from steersman.training.segments import SegmentedResponse
 from tests.support.policies import (
     compute_loss,
     draw_rows,

@@ -12,10 +12,10 @@ from trl.trainer.reward_config import RewardConfig
 from steersman.guidance.reward_loading import load_reward_model
 from steersman.training import command
 from steersman.training.checkpoints import read_facts
-from steersman.training.data import TokenizedPreference, load_preferences
+from steersman.training.data.preferences import TokenizedPreference, load_preferences
+from steersman.training.data.segments import SegmentedResponse
 from steersman.training.rewards.arguments import RewardArguments
 from steersman.training.rewards.aspects import ASPECTS, score_segments
-from steersman.training.segments import SegmentedResponse
 from tests.support.policies import draw_rows
 from tests.support.training import write_config, write_task
 

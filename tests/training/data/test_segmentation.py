@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from steersman import cli
-from steersman.training.segmentation import cut_into_segments
+from steersman.training.data.segmentation import cut_into_segments
 from tests.support.preferences import GOOD, said, write_rows
 
 CODE = "```python\nx = 1.  # One. Two!\n\ny = 2\n```\n"

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from steersman.training.data import DataError, load_preferences
-from steersman.training.segments import SegmentedResponse
+from steersman.training.data.preferences import DataError, load_preferences
+from steersman.training.data.segments import SegmentedResponse
 from tests.support.preferences import build_word_tokenizer, said, token_ids, write_rows
 
-BASE = Path(__file__).parents[2] / "training" / "world" / "models" / "base"
+BASE = Path(__file__).parents[3] / "training" / "world" / "models" / "base"
 ASPECTS = ("clarity", "safety")
 ALPHABET = ["come", *"abcdef ABC", " The", " customer", "é", "日", "👩‍🚀", "\n", "\n\n", "...", "!", '"', "  "]
 

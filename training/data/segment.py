@@ -11,9 +11,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from steersman.training.fields import RESPONSES, SEGMENTS, check_row, response_text, with_prompt
-from steersman.training.segmentation import cut_into_segments
-from steersman.training.sources import DataError, Row, read_rows
+from steersman.training.data.fields import RESPONSES, SEGMENTS, check_row, response_text, with_prompt
+from steersman.training.data.segmentation import cut_into_segments
+from steersman.training.data.sources import DataError, Row, read_rows
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from steersman.training.endings import ending_tokens, without_ending
-from steersman.training.fields import NUMBERS, RESPONSES, SEGMENTS, check_row, template_options, with_prompt
-from steersman.training.segments import SegmentedResponse, place_segments, scored_aspects
-from steersman.training.sources import DataError, Row, first_line, read_rows
+from steersman.training.data.fields import NUMBERS, RESPONSES, SEGMENTS, check_row, template_options, with_prompt
+from steersman.training.data.segments import SegmentedResponse, place_segments, scored_aspects
+from steersman.training.data.sources import DataError, Row, first_line, read_rows
+from steersman.training.rewards.endings import ending_tokens, without_ending
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from typing import Any
 from openai import AsyncOpenAI
 from tqdm import tqdm
 
-from steersman.training.data_segment import check_out, write_lines
-from steersman.training.fields import SEGMENTS, check_row, with_prompt
-from steersman.training.judge import Answers, Judge, Question, Templates, Usage, ask_all
-from steersman.training.segments import ASPECTS
-from steersman.training.sources import DataError, Row, read_rows
+from steersman.training.data.fields import SEGMENTS, check_row, with_prompt
+from steersman.training.data.judge import Answers, Judge, Question, Templates, Usage, ask_all
+from steersman.training.data.segment import check_out, write_lines
+from steersman.training.data.segments import ASPECTS
+from steersman.training.data.sources import DataError, Row, read_rows
 
 RETRIES = 6
 """Of the client, after half a second, then twice as long each time up to 8, or as the endpoint says."""

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from steersman.training.fields import NUMBERS, RESPONSES, SEGMENTS, find_problems, with_prompt
-from steersman.training.segments import scored_aspects
-from steersman.training.sources import Row
+from steersman.training.data.fields import NUMBERS, RESPONSES, SEGMENTS, find_problems, with_prompt
+from steersman.training.data.segments import scored_aspects
+from steersman.training.data.sources import Row
 
 if TYPE_CHECKING:  # it takes seconds to import, and isn't always needed
-    from steersman.training.token_inspection import TokenInspector
+    from steersman.training.data.token_inspection import TokenInspector
 
 Finding = tuple[Literal["error", "warning"], str]
 """What is wrong with a row, and whether it would stop a training."""

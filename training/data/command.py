@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 
 from steersman.training.command import dispatch
-from steersman.training.sources import DataError
+from steersman.training.data.sources import DataError
 
 _ACTIONS = {
-    "check": ("steersman.training.data_check", "say what is wrong with a file, line by line, before it is trained on"),
-    "segment": ("steersman.training.data_segment", "cut responses into segments: sentences, code, tables, lists"),
-    "annotate": ("steersman.training.data_annotate", "have a language model score every segment by aspect"),
+    "check": ("steersman.training.data.check", "say what is wrong with a file, line by line, before it is trained on"),
+    "segment": ("steersman.training.data.segment", "cut responses into segments: sentences, code, tables, lists"),
+    "annotate": ("steersman.training.data.annotate", "have a language model score every segment by aspect"),
 }
 
 

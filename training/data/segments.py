@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-from steersman.training.sources import DataError
+from steersman.training.data.sources import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

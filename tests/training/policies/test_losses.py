@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from steersman.training.preference_losses import (
+from steersman.training.policies.losses import (
     WEIGHTS,
     Segments,
     sequential_kl,

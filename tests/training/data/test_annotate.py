@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from steersman import cli
-from steersman.training.data_segment import with_segments
-from steersman.training.judge import QUOTED
-from steersman.training.segments import ASPECTS
-from steersman.training.sources import Row
+from steersman.training.data.judge import QUOTED
+from steersman.training.data.segment import with_segments
+from steersman.training.data.segments import ASPECTS
+from steersman.training.data.sources import Row
 from tests.support.judge import JudgeServer, completion, entries, score_by_rule
 from tests.support.preferences import write_rows
 

@@ -12,11 +12,11 @@ import numpy as np
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from steersman.training.inspection import Inspection, inspect
-from steersman.training.sources import DataError, read_rows
+from steersman.training.data.inspection import Inspection, inspect
+from steersman.training.data.sources import DataError, read_rows
 
 if TYPE_CHECKING:
-    from steersman.training.token_inspection import TokenInspector
+    from steersman.training.data.token_inspection import TokenInspector
 
 PERCENTILES = (50, 90, 99, 100)
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _load_tokens(path: str, window: int | None) -> TokenInspector:
-    from steersman.training.token_inspection import TokenInspector
+    from steersman.training.data.token_inspection import TokenInspector
 
     return TokenInspector(path, window)
 

@@ -23,7 +23,7 @@ from steersman.training import command
 from steersman.training.accuracy import score_ends
 from steersman.training.checkpoints import read_facts
 from steersman.training.configuration import ConfigError
-from steersman.training.data import load_preferences
+from steersman.training.data.preferences import load_preferences
 from steersman.training.rewards.arguments import RewardArguments
 from steersman.training.rewards.causal import NO_POSITION
 from steersman.training.rewards.distilled import DISTILLED, LEVEL, branch_scores, check_branches

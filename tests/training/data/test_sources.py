@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from steersman.training.data import DataError, load_preferences, read_preferences
+from steersman.training.data.preferences import DataError, load_preferences, read_preferences
 from tests.support.preferences import GOOD, build_word_tokenizer, said, write_rows
 
 

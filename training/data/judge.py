@@ -30,7 +30,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
-from steersman.training.sources import DataError, first_line
+from steersman.training.data.sources import DataError, first_line
 
 PROMPTS = Path(__file__).parent / "prompts"
 ASKS = 3

@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from steersman.training.segments import find_segment_problems
-from steersman.training.sources import DataError, Row
+from steersman.training.data.segments import find_segment_problems
+from steersman.training.data.sources import DataError, Row
 
 TEXTS = ("prompt", "chosen", "rejected")
 RESPONSES = ("chosen", "rejected")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from steersman.training.data import DataError, load_preferences, load_tokenizer, read_preferences
+from steersman.training.data.preferences import DataError, load_preferences, load_tokenizer, read_preferences
 from tests.support.preferences import GOOD, build_word_tokenizer, said, token_ids, write_rows
 
 

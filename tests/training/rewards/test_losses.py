@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from steersman.training.objectives import bradley_terry, distillation, regression
+from steersman.training.rewards.losses import bradley_terry, distillation, regression
 
 
 def reference(chosen: list[float], rejected: list[float], mask: list[bool]) -> float:

@@ -7,7 +7,7 @@ import torch
 
 from steersman.training.aspects import PAPER, read_weights
 from steersman.training.configuration import ConfigError
-from steersman.training.representatives import read_representatives, represent
+from steersman.training.iterative.representatives import read_representatives, represent
 
 
 def test_the_paper_s_aspects_are_represented_as_in_the_paper(rng: random.Random) -> None:

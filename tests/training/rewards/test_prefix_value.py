@@ -15,10 +15,10 @@ from steersman.training import command
 from steersman.training.accuracy import score_ends
 from steersman.training.checkpoints import read_facts
 from steersman.training.configuration import load
-from steersman.training.data import DataError
+from steersman.training.data.preferences import DataError
 from steersman.training.rewards.arguments import RewardArguments
 from steersman.training.rewards.prefix_value import PREFIX_VALUE
-from steersman.training.rollouts import load_rollouts, make_rollouts
+from steersman.training.rewards.rollouts import load_rollouts, make_rollouts
 from tests.support.training import write_config, write_task
 
 CACHE = 2**21

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from steersman.training.data import (
+from steersman.training.data.fields import RESPONSES, SEGMENTS
+from steersman.training.data.inspection import Finding, Lengths
+from steersman.training.data.preferences import (
     Preference,
     check_length,
     check_tokenizer,
@@ -16,10 +18,8 @@ from steersman.training.data import (
     response_text,
     segmented,
 )
-from steersman.training.fields import RESPONSES, SEGMENTS
-from steersman.training.inspection import Finding, Lengths
-from steersman.training.segments import scored_aspects
-from steersman.training.sources import DataError, Row
+from steersman.training.data.segments import scored_aspects
+from steersman.training.data.sources import DataError, Row
 
 T = TypeVar("T")
 

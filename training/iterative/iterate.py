@@ -19,15 +19,15 @@ from steersman.training.answers import sample_answers
 from steersman.training.aspects import read_weights
 from steersman.training.checkpoints import add_facts, read_facts
 from steersman.training.configuration import ConfigError, RunArguments, load, run
-from steersman.training.data import DataError, load_tokenizer, prompt_ids
-from steersman.training.data_segment import write_lines
+from steersman.training.data.fields import find_value_problems
+from steersman.training.data.preferences import DataError, load_tokenizer, prompt_ids
+from steersman.training.data.segment import write_lines
+from steersman.training.data.sources import read_rows
 from steersman.training.dpo import train_dpo
-from steersman.training.fields import find_value_problems
+from steersman.training.iterative.representatives import read_representatives
+from steersman.training.iterative.selection import AspectScorer, make_pair, question, score_answers
 from steersman.training.policies.arguments import DPOArguments
 from steersman.training.policies.two_dimensional import TwoDimensionalConfig
-from steersman.training.representatives import read_representatives
-from steersman.training.selection import AspectScorer, make_pair, question, score_answers
-from steersman.training.sources import read_rows
 
 
 @dataclass

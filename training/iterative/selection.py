@@ -9,12 +9,19 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steersman.training.data import DataError, Preference, prompt_ids, response_ids, response_text, segmented
-from steersman.training.fields import template_options
-from steersman.training.representatives import represent
+from steersman.training.data.fields import template_options
+from steersman.training.data.preferences import (
+    DataError,
+    Preference,
+    prompt_ids,
+    response_ids,
+    response_text,
+    segmented,
+)
+from steersman.training.data.segmentation import cut_into_segments
+from steersman.training.data.segments import HIGHEST
+from steersman.training.iterative.representatives import represent
 from steersman.training.rewards.aspects import score_segments
-from steersman.training.segmentation import cut_into_segments
-from steersman.training.segments import HIGHEST
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 from steersman.demo import MODELS
 from steersman.training import command
 from steersman.training.checkpoints import read_facts
-from steersman.training.data import load_preferences
+from steersman.training.data.preferences import load_preferences
 from steersman.training.rewards.aspects import score_segments
 from steersman.training.world.grammar import draw_prompts
 from tests.support.training import write_config

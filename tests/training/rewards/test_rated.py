@@ -24,7 +24,7 @@ from steersman.training import command
 from steersman.training.accuracy import score_ends
 from steersman.training.checkpoints import read_facts
 from steersman.training.configuration import load
-from steersman.training.data import load_preferences
+from steersman.training.data.preferences import load_preferences
 from steersman.training.rewards.arguments import RewardArguments
 from steersman.training.rewards.pairs import TRUNCATED
 from steersman.training.rewards.rated import REGRESSION, SCALED

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steersman.guidance.rewards import RewardModel
 from steersman.training.answers import draw_texts
-from steersman.training.data import check_length, prompt_ids, response_ids, response_text
-from steersman.training.fields import find_number_problems, find_value_problems, template_options
-from steersman.training.sources import DataError, Row, read_rows
+from steersman.training.data.fields import find_number_problems, find_value_problems, template_options
+from steersman.training.data.preferences import check_length, prompt_ids, response_ids, response_text
+from steersman.training.data.sources import DataError, Row, read_rows
 
 
 @dataclass(frozen=True)
