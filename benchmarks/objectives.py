@@ -102,7 +102,7 @@ async def _decode(work: Path, count: int) -> tuple[dict[str, float | None], dict
     for seed in SEEDS:
         prompts = world_prompts("reporting")[seed * count : (seed + 1) * count]
         with (
-            demo_server(None, _PORT, [*_flags(work, seed), "--guidance-cache", "0.1"]) as url,
+            demo_server(None, _PORT, [*_flags(work, seed), "--guidance-cache", "1"]) as url,
             progress_bar() as progress,
         ):
             async with connected(url, judge="judge") as server:

@@ -66,7 +66,8 @@ class Run:
     @property
     def argv(self) -> list[str]:
         """Arguments of the command."""
-        given = {"config": CONFIGS / self.config, "output_dir": self.folder, **self.flags}
+        # What an interrupted run has left is begun anew.
+        given = {"config": CONFIGS / self.config, "output_dir": self.folder, "overwrite_output_dir": True, **self.flags}
         return [part for flag, value in given.items() for part in (f"--{flag}", str(value))]
 
 
