@@ -53,7 +53,8 @@ METHODS = {
     "prefix value": _reward("prefix-value", teacher="full"),
     "vocabulary": _reward("vocabulary"),
     "distilled": _reward("distilled", teacher="partial"),
-    "DPO, TRL": Method("dpo", "dpo.yaml", "trl-dpo", trl=True),
+    # TRL's own rows have no length to be grouped by.
+    "DPO, TRL": Method("dpo", "dpo.yaml", "trl-dpo", (("train_sampling_strategy", "random"),), trl=True),
     "DPO": Method("dpo", "dpo.yaml", "dpo"),
     **{f"DPO on {p} %": _kept("dpo", "dpo.yaml", p) for p in (50, 40, 33, 25)},
 }
