@@ -202,7 +202,9 @@ class GuidedEngine:
                             responses[choice.index] = list(choice.token_ids)
                         if choice.finish_reason is not None and choice.index in unfinished:
                             unfinished.discard(choice.index)
-                            finished.append(self._collect(ticket, choice.index, responses[choice.index]))
+                            # Released before anything is awaited: a client that goes now leaves nothing behind.
+                            report = self._release(ticket, choice.index, responses[choice.index])
+                            finished.append(self._keep_report(ticket, choice.index, report))
                     await asyncio.gather(*finished)
                     yield output
         finally:
@@ -210,8 +212,11 @@ class GuidedEngine:
             for index in unfinished:
                 self._in_background(self._forget(ticket, index))
 
-    async def _collect(self, ticket: _Ticket, index: int, response: list[int]) -> None:
-        report = await self._collector.collect((ticket.key, ticket.choice_seed(index), response))
+    def _release(self, ticket: _Ticket, index: int, response: list[int]) -> asyncio.Future[dict[str, Any] | None]:
+        return self._collector.collect((ticket.key, ticket.choice_seed(index), response))
+
+    async def _keep_report(self, ticket: _Ticket, index: int, collected: asyncio.Future[dict[str, Any] | None]) -> None:
+        report = await collected
         if report is None:
             return
         error = report.pop("error")
@@ -241,7 +246,7 @@ class GuidedEngine:
 
     async def _forget(self, ticket: _Ticket, index: int) -> None:
         with suppress(EngineDeadError):
-            await self._collector.collect((ticket.key, ticket.choice_seed(index), []))
+            await self._release(ticket, index, [])
 
     def _in_background(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.get_running_loop().create_task(work)

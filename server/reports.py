@@ -27,15 +27,16 @@ class ReportCollector:
         self._waiting: list[tuple[Finished, asyncio.Future[Report | None]]] = []
         self._calls: set[asyncio.Task[None]] = set()
 
-    async def collect(self, finished: Finished) -> Report | None:
-        """Releases a choice and returns its report; None where the workers know nothing of it."""
-        future = asyncio.get_running_loop().create_future()
+    def collect(self, finished: Finished) -> asyncio.Future[Report | None]:
+        """Releases a choice, also if nobody waits for its report; None where the workers know nothing of it."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Report | None] = loop.create_future()
         if not self._waiting:
-            call = asyncio.get_running_loop().create_task(self._call())
+            call = loop.create_task(self._call())
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)
         self._waiting.append((finished, future))
-        return await future
+        return future
 
     async def _call(self) -> None:
         # Behind everything that this turn of the event loop still brings.

@@ -16,7 +16,7 @@ from tests.support.traffic import Asked, ask, gather_limited
 
 @pytest.fixture(scope="module")
 def wide_server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with room for all draws of a few requests at once: the shared one preempts more than it decodes."""
+    """A server whose batches hold all choices of two requests: of the shared one's few cache blocks each takes one."""
     flags = [
         *(str(models / "base"), "--served-model-name", "base", "--dtype", "float32", "--enforce-eager"),
         *("--distributed-executor-backend", ONE_PROCESS, "--max-model-len", "256", "--max-num-seqs", "256"),
