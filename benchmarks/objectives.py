@@ -6,6 +6,7 @@ Strengths are tuned on other prompts than reported. Beside them TRL's own traine
 
 import argparse
 import asyncio
+import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -87,6 +88,14 @@ def _measure(work: Path) -> dict[str, list[dict[str, float]]]:
 
 
 def _accuracy(work: Path, name: str, seed: int) -> dict[str, float]:
+    kept = _folder(work, METHODS[name].folder, seed) / "gold-accuracy.json"
+    if not kept.exists():
+        kept.write_text(json.dumps(_measure_accuracy(work, name, seed)), encoding="utf-8")
+    found: dict[str, float] = json.loads(kept.read_text(encoding="utf-8"))
+    return found
+
+
+def _measure_accuracy(work: Path, name: str, seed: int) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "base")
     folder, rows = _folder(work, METHODS[name].folder, seed), read_rows(WORLD / "test_pairs.jsonl")
     if METHODS[name].kind == "reward":
@@ -117,7 +126,12 @@ async def _decode(work: Path, count: int) -> tuple[dict[str, float | None], dict
 def _flags(work: Path, seed: int) -> list[str]:
     flags = {"reward": "--reward-model", "dpo": "--policy"}
     kinds = {method.folder: flags[method.kind] for method in METHODS.values()}
-    return [part for name, flag in kinds.items() for part in (flag, f"{name}={_folder(work, name, seed)}")]
+    return [part for name, flag in kinds.items() for part in (flag, f"{_served(name)}={_folder(work, name, seed)}")]
+
+
+def _served(folder: str) -> str:
+    """The server's name for a model of a seed; the demo's own models are there too."""
+    return f"trained-{folder}"
 
 
 async def _tune(server: Server, name: str, progress: Any) -> float | None:
@@ -135,8 +149,8 @@ async def _tune(server: Server, name: str, progress: Any) -> float | None:
 def _setting(name: str, beta: float | None) -> Setting:
     method = METHODS[name]
     if beta is None:
-        return Setting(name, {"method": "mixed", "policy": method.folder, "mix": 1.0})
-    guidance = {"method": "pargs", "reward_model": method.folder, "top_k": 10, "beta": beta}
+        return Setting(name, {"method": "mixed", "policy": _served(method.folder), "mix": 1.0})
+    guidance = {"method": "pargs", "reward_model": _served(method.folder), "top_k": 10, "beta": beta}
     return Setting(name, guidance | ({"end_token": True} if method.end_token else {}))
 
 
