@@ -43,7 +43,9 @@ class Server:
 @asynccontextmanager
 async def connected(url: str, model: str | None = None, judge: str | None = None) -> AsyncIterator[Server]:
     """A connection to a server; without a name, to the first model that it lists."""
-    async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=None)) as session:
+    # A connection that has been idle may be closed by the server in the very moment in which it is used again.
+    connector = aiohttp.TCPConnector(force_close=True)
+    async with aiohttp.ClientSession(url, connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
         try:
             async with session.get("/v1/models") as response:
                 listed = [entry["id"] for entry in (await response.json())["data"]]
