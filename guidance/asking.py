@@ -13,6 +13,7 @@ from steersman.guidance.readings import Readings
 from steersman.guidance.rewards import RewardModel, VocabularyReward
 from steersman.guidance.rows import LastTokens, Row
 from steersman.guidance.transfer import LateReads, to_device
+from steersman.guidance.work import Failure, Work
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Auxiliaries:
         policies: Mapping[str, Policy],
         eos_token_id: int | None,
         late: LateReads,
+        work: Work,
     ) -> None:
         self.reward_models = dict(reward_models)
         self.policies = dict(policies)
@@ -48,6 +50,7 @@ class Auxiliaries:
         """Models that say something of every next token from the prefix alone."""
         self._eos_token_id = eos_token_id
         self._late = late
+        self._work = work
         self._ahead: dict[str, _Ahead] = {}
 
     def release(self, key: Hashable, tokens: Sequence[int] | None = None, failed: bool = False) -> None:
@@ -57,16 +60,17 @@ class Auxiliaries:
         for policy in self.policies.values():
             policy.release(key, tokens, failed)
 
-    def fail(self, row: Row, reason: str) -> None:
+    def fail(self, row: Row, failure: Failure) -> None:
         """Ends the guidance of one row, for good."""
         if row.request.error is None:
-            row.request.error = reason
-            logger.warning("a guided request failed: %s", reason)
+            row.request.error = failure.reason
+            self._work.count_failure(failure)
+            logger.warning("a guided request failed: %s", failure.reason)
         self.release(row.request.key, failed=True)
 
-    def fail_where(self, rows: Sequence[Row], broken: torch.Tensor, explain: Callable[[int], str]) -> None:
-        """Fails the rows for which `broken` [len(rows)] bool holds, as soon as the host learns of them. `explain` gives
-        the reason for a place among the rows."""
+    def fail_where(self, rows: Sequence[Row], broken: torch.Tensor, explain: Callable[[int], Failure]) -> None:
+        """Fails the rows for which `broken` [len(rows)] bool holds, as soon as the host learns of them. `explain` says
+        why for a place among the rows."""
 
         def use(flags: list[bool]) -> None:
             for place, flag in enumerate(flags):
@@ -134,15 +138,17 @@ class Auxiliaries:
             part = [rows[g] for g in places]
             return model.read([row.prefix for row in part], last.of(part))
 
-        self._add(readings, name, rows, *self._ask(self._label(name), rows, ask))
+        self._add(readings, name, rows, *self._ask(name, rows, ask))
 
     def _add(self, readings: Readings, name: str, rows: list[Row], logits: torch.Tensor, caught_up: list[int]) -> None:
-        reason = f"{self._label(name)} returned logits that are not finite numbers"
-        self.fail_where(rows, ~(logits < torch.inf).all(dim=-1), lambda _: reason)
+        failure = Failure(name, "not_finite", f"{self._label(name)} returned logits that are not finite numbers")
+        self.fail_where(rows, ~(logits < torch.inf).all(dim=-1), lambda _: failure)
         good = [g for g, row in enumerate(rows) if row.request.error is None]
         if good:
             whole = len(good) == len(rows)
             readings.add(name, [rows[g] for g in good], logits if whole else logits[to_device(good, logits.device)])
+        self._work.count("prompt", name, sum(caught_up))
+        self._work.count("step", name, len(rows))
         for row, read_before in zip(rows, caught_up, strict=True):
             if name in self.policies:
                 row.request.count_policy(read_before + 1, row.caught_up(read_before))
@@ -208,7 +214,10 @@ class Auxiliaries:
             chosen = candidates if len(part) == len(rows) else candidates[places]
             return model.score([row.prefix for row in part], chosen, end, last.of(part))
 
-        scored, read = self._ask(self._label(name), rows, ask, candidates.shape[1])
+        scored, read = self._ask(name, rows, ask, candidates.shape[1])
+        # A model that scores text keeps nothing: what it reads is read again at every position.
+        self._work.count("prompt" if any(step_tokens) else "step", name, sum(read))
+        self._work.count("step", name, sum(step_tokens))
         for row, read_before, tokens in zip(rows, read, step_tokens, strict=True):
             row.request.count_reward_model(read_before + tokens, row.caught_up(read_before) if tokens else 0)
         return scored.to(candidates.device)
@@ -221,17 +230,18 @@ class Auxiliaries:
     def _label(self, name: str) -> str:
         return f"{'policy' if name in self.policies else 'reward model'} {name!r}"
 
-    def _ask(self, label: str, rows: list[Row], ask: _Ask, width: int = 1) -> tuple[torch.Tensor, list[int]]:
+    def _ask(self, name: str, rows: list[Row], ask: _Ask, width: int = 1) -> tuple[torch.Tensor, list[int]]:
         """Asks a model for all rows at once; where one of them spoils it, one by one, so that the others go on."""
         try:
             return ask(list(range(len(rows))))
         except Exception as error:
             if len(rows) == 1:
-                self.fail(rows[0], f"{label} could not read the answer: {error}")
+                reason = f"{self._label(name)} could not read the answer: {error}"
+                self.fail(rows[0], Failure(name, "raised", reason))
                 return torch.full((1, width), torch.nan), [0]
         answers, read = [], []
         for g, row in enumerate(rows):
-            answer, tokens = self._ask(label, [row], lambda _, g=g: ask([g]), width)  # type: ignore[misc]
+            answer, tokens = self._ask(name, [row], lambda _, g=g: ask([g]), width)  # type: ignore[misc]
             answers.append(answer)
             read += tokens
         widest = max(answer.shape[-1] for answer in answers)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from steersman.guidance.auxiliary import CausalModel, Prefix
+from steersman.guidance.cache import PagedCache
 from steersman.guidance.checkpoints import find_language_head
 from steersman.guidance.verification import eager_attention, verify
 
@@ -19,6 +20,11 @@ class CachedModel:
         self.name = name
         self.model = model
         self.window = model.window
+
+    @property
+    def cache(self) -> PagedCache:
+        """What it has read."""
+        return self.model.cache
 
     def covers(self, key: Hashable, length: int) -> bool:
         """Whether the first `length` tokens of a request are cached."""

@@ -13,7 +13,7 @@ from steersman.guidance.rows import LastTokens, Steered
 from steersman.guidance.transfer import to_device
 from steersman.guidance.transforms import Combination, build_combination
 from steersman.guidance.vocabulary import blend_readings, find_index
-from steersman.guidance.work import Work
+from steersman.guidance.work import Failure, Work
 from steersman.kernels.dispatch import has_kernels, select_candidates, write_reranked
 from steersman.kernels.reference import write_candidates
 
@@ -88,10 +88,11 @@ class CandidateSteering:
                 s.record(step, line)
 
     def _fail_where(self, steered: Sequence[Steered], broken: torch.Tensor, rewards: torch.Tensor) -> None:
-        def explain(line: int) -> str:
+        def explain(line: int) -> Failure:
             terms = steered[line].formula.rewards
             names = [term.model for term, values in zip(terms, rewards[line], strict=False) if not _finite(values)]
-            return f"reward model {', '.join(map(repr, names))} returned a reward that is not a finite number"
+            reason = f"reward model {', '.join(map(repr, names))} returned a reward that is not a finite number"
+            return Failure(names[0] if names else terms[0].model, "not_finite", reason)
 
         self._models.fail_where([s.row for s in steered], broken, explain)
 

@@ -1,5 +1,6 @@
 """What guidance did to one answer: the numbers that every guided response carries."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ _SUMMED = (
     *("guided_tokens", "interventions", "kl", "reward_model_tokens", "policy_tokens"),
     *("saved_reward_model_tokens", "saved_policy_tokens"),
 )
+BASE_SOURCE, GUIDED_SOURCE, MIXTURE_SOURCE = "base", "guided", "mixture"
+"""Names of distributions that a token is sampled from, beside the policies' own."""
 TRACED = 5
 """Candidates that a trace shows where the whole vocabulary is the support."""
 
@@ -122,6 +125,8 @@ class Report:
     saved_reward_model_tokens: int
     """What closed gates spared: tokens that would have been read at every position, less those caught up later."""
     saved_policy_tokens: int
+    sources: dict[str, int]
+    """Tokens by the distribution that they were sampled from, see `name_source`."""
     kl_spent: float | None = None
     """Σ KL(π‖π₀) over positions, nats, where there is a budget."""
     trace: list[dict[str, Any]] | None = None
@@ -160,6 +165,7 @@ def summarise(
         policy_tokens=counts.policy_tokens,
         saved_reward_model_tokens=counts.saved_reward_model_tokens,
         saved_policy_tokens=counts.saved_policy_tokens,
+        sources=_count_sources(outcomes, response),
         kl_spent=kl_spent,
         trace=_trace(outcomes, response) if plan.trace else None,
         error=error,
@@ -173,12 +179,13 @@ def merge_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for name in _SUMMED:
             merged[name] += report[name]
         merged["error"] = merged["error"] or report["error"]
+        merged["sources"] = _merge_sources(merged["sources"], report["sources"], merged["tokens"])
         merged["rewards"] = {
             name: value if value is not None else report["rewards"][name] for name, value in merged["rewards"].items()
         }
         if merged["trace"] is not None:
             merged["trace"] = [
-                mine if mine["source"] != "base" else other
+                mine if mine["source"] != BASE_SOURCE else other
                 for mine, other in zip(merged["trace"], report["trace"], strict=True)
             ]
     return merged
@@ -187,11 +194,11 @@ def merge_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def name_source(formula: Formula) -> str:
     """Which distribution a formula samples: the base, one policy, a mixture of policies, or one guided by rewards."""
     if formula.rewards:
-        return "guided"
+        return GUIDED_SOURCE
     if formula.is_base:
-        return "base"
+        return BASE_SOURCE
     alone = formula.base == 0.0 and len(formula.policies) == 1 and formula.policies[0].coefficient == 1.0
-    return formula.policies[0].policy if alone else "mixture"
+    return formula.policies[0].policy if alone else MIXTURE_SOURCE
 
 
 def _candidate_outcomes(plan: Plan, used: Sequence[Position], response: Sequence[int]) -> dict[int, _Outcome]:
@@ -268,10 +275,26 @@ def _trace(outcomes: dict[int, _Outcome], response: Sequence[int]) -> list[dict[
             "token_id": response[n],
             "candidates": outcomes[n].candidates if n in outcomes else [],
             "kl": outcomes[n].kl if n in outcomes else 0.0,
-            "source": name_source(outcomes[n].formula) if n in outcomes else "base",
+            "source": _source_at(outcomes, n),
         }
         for n in range(len(response))
     ]
+
+
+def _source_at(outcomes: Mapping[int, _Outcome], n: int) -> str:
+    return name_source(outcomes[n].formula) if n in outcomes else BASE_SOURCE
+
+
+def _count_sources(outcomes: Mapping[int, _Outcome], response: Sequence[int]) -> dict[str, int]:
+    return dict(Counter(_source_at(outcomes, n) for n in range(len(response))))
+
+
+def _merge_sources(mine: Mapping[str, int], others: Mapping[str, int], tokens: int) -> dict[str, int]:
+    """To each worker, what another one guided is the base's."""
+    guided = Counter(mine) + Counter(others)
+    del guided[BASE_SOURCE]
+    rest = tokens - guided.total()
+    return {**guided, BASE_SOURCE: rest} if rest else dict(guided)
 
 
 def _stack(rows: list[torch.Tensor]) -> np.ndarray:

@@ -32,6 +32,10 @@ class GuidanceError(ValueError):
         self.field = field
 
 
+class ModelNotLoaded(GuidanceError):
+    """A request names a reward model, policy or preset that the server does not have."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 

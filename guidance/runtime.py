@@ -46,9 +46,9 @@ class GuidanceRuntime:
     ) -> None:
         """side: where models that do not need the base's logits are read ahead of a step."""
         self.late = late or LateReads()
-        self.models = Auxiliaries(reward_models, policies or {}, eos_token_id, self.late)
-        self.eos_token_id = eos_token_id
         self.work = Work()
+        self.models = Auxiliaries(reward_models, policies or {}, eos_token_id, self.late, self.work)
+        self.eos_token_id = eos_token_id
         self._side = side or SameStream()
         self._candidates = CandidateSteering(self.models, self.work)
         self._requests: OrderedDict[Hashable, GuidedRequest] = OrderedDict()
@@ -88,6 +88,22 @@ class GuidanceRuntime:
         choose_last_token(request, response)
         spent = None if request.plan.kl_budget is None else sum(request.spent)
         return summarise(request.plan, request.positions, request.counts, response, spent, request.error)
+
+    def score_text(self, name: str, prompt: Sequence[int], response: Sequence[int]) -> list[float]:
+        """A reward model's value after each token of a finished response."""
+        self.settle()
+        rewards = self.reward_models[name].score_text(prompt, response)
+        self.work.count("score", name, len(prompt) + len(response))
+        return rewards
+
+    def score_answers(
+        self, name: str, prompt: Sequence[int], responses: Sequence[Sequence[int]]
+    ) -> tuple[list[float], int]:
+        """A reward model's value at the end of each response, and the tokens that it read for all of them."""
+        self.settle()
+        rewards, read = self.reward_models[name].score_answers(prompt, responses)
+        self.work.count("score", name, read)
+        return rewards, read
 
     def settle(self, wait: bool = False) -> None:
         """Before caches change hands: puts what comes after behind all work that was read ahead, and learns what the

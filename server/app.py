@@ -8,10 +8,12 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.dependencies.utils import get_parameterless_sub_dependant
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
+from starlette.routing import Mount
 
 from steersman.guidance.request import GuidanceError
 from steersman.server.engine import GuidedEngine
 from steersman.server.errors import reject
+from steersman.server.metrics.exposition import router as metrics_router
 from steersman.server.presets import preset_of_model
 from steersman.server.protocol import GuidedChatCompletionRequest, GuidedCompletionRequest
 from steersman.server.scoring import RewardsRequest, score_responses
@@ -71,17 +73,20 @@ async def create_chat_completion(request: GuidedChatCompletionRequest, raw_reque
 
 def attach_routes(app: FastAPI) -> None:
     """Puts our routes in the place of vLLM's with the same path and method; the others refuse guidance."""
-    ours = {(route.path, method) for route in router.routes if isinstance(route, APIRoute) for method in route.methods}
+    routes = (*router.routes, *metrics_router.routes)
+    ours = {(route.path, method) for route in routes if isinstance(route, APIRoute) for method in route.methods}
     app.router.routes[:] = [
         route
         for route in app.router.routes
         if not (isinstance(route, APIRoute) and any((route.path, method) in ours for method in route.methods))
+        and not (isinstance(route, Mount) and (route.path, "GET") in ours)
     ]
     for route in app.router.routes:
         if isinstance(route, APIRoute) and "POST" in route.methods:
             refusal = get_parameterless_sub_dependant(depends=Depends(_refuse_guidance), path=route.path_format)
             route.dependant.dependencies.insert(0, refusal)
     app.include_router(router)
+    app.include_router(metrics_router)
 
 
 async def _refuse_guidance(raw_request: Request) -> None:

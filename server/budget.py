@@ -5,6 +5,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
+from steersman.server.metrics.requests import RESERVED
+
 
 class CacheBudget:
     """Cache blocks by model. First come, first served; a request takes all that it may need at once, so requests
@@ -13,6 +15,8 @@ class CacheBudget:
     def __init__(self, capacity: Mapping[str, int]) -> None:
         self.capacity = dict(capacity)
         self.free = dict(capacity)
+        for name in capacity:
+            self._show(name)
         self._waiting: deque[tuple[Mapping[str, int], asyncio.Future[None]]] = deque()
 
     def too_large(self, wanted: Mapping[str, int]) -> str | None:
@@ -51,10 +55,12 @@ class CacheBudget:
     def _take(self, wanted: Mapping[str, int]) -> None:
         for name, blocks in wanted.items():
             self.free[name] -= blocks
+            self._show(name)
 
     def _give_back(self, wanted: Mapping[str, int]) -> None:
         for name, blocks in wanted.items():
             self.free[name] += blocks
+            self._show(name)
         self._admit_next()
 
     def _admit_next(self) -> None:
@@ -63,3 +69,6 @@ class CacheBudget:
             if not turn.cancelled():
                 self._take(wanted)
                 turn.set_result(None)
+
+    def _show(self, name: str) -> None:
+        RESERVED.labels(name).set(self.capacity[name] - self.free[name])

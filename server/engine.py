@@ -14,6 +14,7 @@ from steersman.guidance.request import BestOfN, Blockwise, GuidanceError, parse_
 from steersman.server.budget import CacheBudget
 from steersman.server.config import CONFIG_KEY
 from steersman.server.errors import GuidanceFailed, reject
+from steersman.server.metrics.requests import begin_counting, count_answer, count_error, following
 from steersman.server.registry import LoadedModel, Registry, check_length, name_model, reach
 from steersman.server.reports import Finished, ReportCollector
 from steersman.server.search import Search, check_search, run_search
@@ -25,6 +26,7 @@ class _Ticket:
     """A guided request on its way through the engine. Choice i has the seed that vLLM gives it."""
 
     key: str
+    method: str
     choices: int
     seed: int | None
     blocks: dict[str, int]
@@ -39,6 +41,7 @@ class GuidedEngine:
     def __init__(self, engine: EngineClient, registry: Registry) -> None:
         self._engine = engine
         self.registry = registry
+        begin_counting(registry.reward_models, registry.policies)
         self.budget = CacheBudget({m.name: m.cache_blocks for m in registry.models.values() if m.cache_blocks})
         self._reports: dict[str, dict[int, dict[str, Any]]] = {}
         self._collector = ReportCollector(self._finish, sharded=registry.sharded)
@@ -138,7 +141,7 @@ class GuidedEngine:
             )
         if params.n > 1 and params.seed is None:
             params.seed = random.getrandbits(31)
-        return _Ticket(entry["key"], params.n, params.seed, blocks)
+        return _Ticket(entry["key"], plan.method, params.n, params.seed, blocks)
 
     def _admit_search(
         self, guidance: BestOfN | Blockwise, entry: dict[str, Any], prompt: Any, params: SamplingParams
@@ -165,11 +168,15 @@ class GuidedEngine:
         request_id: str,
         kwargs: dict[str, Any],
     ) -> AsyncGenerator[RequestOutput, None]:
-        async with aclosing(run_search(self, search, prompt, params, request_id, kwargs)) as outputs:
-            async for output, report in outputs:
-                if report is not None:
-                    self._reports[key] = {0: report}
-                yield output
+        with following(search.guidance.method) as followed:
+            followed.admit()
+            async with aclosing(run_search(self, search, prompt, params, request_id, kwargs)) as outputs:
+                async for output, report in outputs:
+                    if report is not None:
+                        self._reports[key] = {0: report}
+                        count_answer(report)
+                        followed.finished = True
+                    yield output
 
     def generate_plain(
         self, prompt: Any, params: SamplingParams, request_id: str, kwargs: dict[str, Any]
@@ -189,24 +196,30 @@ class GuidedEngine:
         responses: dict[int, list[int]] = defaultdict(list)
         delta = params.output_kind is RequestOutputKind.DELTA
         try:
-            async with (
-                self.budget.reserve(ticket.blocks),
-                aclosing(self._engine.generate(prompt, params, request_id, **kwargs)) as outputs,
-            ):
-                async for output in outputs:
-                    finished = []
-                    for choice in output.outputs:
-                        if delta:
-                            responses[choice.index].extend(choice.token_ids)
-                        else:
-                            responses[choice.index] = list(choice.token_ids)
-                        if choice.finish_reason is not None and choice.index in unfinished:
-                            unfinished.discard(choice.index)
-                            # Released before anything is awaited: a client that goes now leaves nothing behind.
-                            report = self._release(ticket, choice.index, responses[choice.index])
-                            finished.append(self._keep_report(ticket, choice.index, report))
-                    await asyncio.gather(*finished)
-                    yield output
+            with following(ticket.method) as followed:
+                async with (
+                    self.budget.reserve(ticket.blocks),
+                    aclosing(self._engine.generate(prompt, params, request_id, **kwargs)) as outputs,
+                ):
+                    followed.admit()
+                    async for output in outputs:
+                        finished = []
+                        for choice in output.outputs:
+                            if delta:
+                                responses[choice.index].extend(choice.token_ids)
+                            else:
+                                responses[choice.index] = list(choice.token_ids)
+                            if choice.finish_reason is not None and choice.index in unfinished:
+                                unfinished.discard(choice.index)
+                                # Released before anything is awaited: a client that goes now leaves nothing behind.
+                                report = self._release(ticket, choice.index, responses[choice.index])
+                                finished.append(self._keep_report(ticket, choice.index, report))
+                        await asyncio.gather(*finished)
+                        followed.finished = not unfinished
+                        yield output
+        except EngineDeadError:
+            count_error("engine")
+            raise
         finally:
             # The request is already aborted in the engine; its caches are given back behind that, in order.
             for index in unfinished:
@@ -221,7 +234,9 @@ class GuidedEngine:
             return
         error = report.pop("error")
         if error is not None:
+            count_error("guidance")
             raise GuidanceFailed(f"guidance failed: {error}")
+        count_answer(report)
         self._name_tokens(report)
         self._reports.setdefault(ticket.key, {})[index] = report
 

@@ -3,6 +3,7 @@
 from typing import NoReturn
 
 from steersman.guidance.request import GuidanceError
+from steersman.server.metrics.requests import count_refusal, reason_of
 from steersman.server.vllm import GenerationError, VLLMValidationError
 
 
@@ -22,5 +23,6 @@ class GuidanceFailed(GenerationError):
 
 
 def reject(error: GuidanceError) -> NoReturn:
-    """Raises a GuidanceError as HTTP 400."""
+    """Counts a GuidanceError and raises it as HTTP 400."""
+    count_refusal(reason_of(error))
     raise InvalidGuidance(error.field, str(error).removeprefix(f"{error.field}: ")) from None

@@ -1,6 +1,7 @@
 """Builds a worker's runtime from vLLM's configuration: the same for both of vLLM's interfaces."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +15,29 @@ from steersman.guidance.plan import Plan, compile_plan
 from steersman.guidance.policies import load_policy
 from steersman.guidance.request import BestOfN, Blockwise, parse_guidance
 from steersman.guidance.reward_loading import load_reward_model
+from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
 from steersman.server.config import CONFIG_KEY, load_config
+from steersman.server.metrics.worker import WorkerMetrics
 
 
 class WorkerRuntime(GuidanceRuntime):
-    """A runtime that remembers why a model could not be loaded, so that the server can say it in one line."""
+    """A runtime that counts for Prometheus, and remembers why a model could not be loaded, so that the server can say
+    it in one line."""
 
     refusal: str | None = None
+    metrics: WorkerMetrics | None = None
+    """None on a rank that repeats what another one does, which would be counted twice."""
+
+    def step(self, logits: torch.Tensor, rows: Sequence[Row], fed: torch.Tensor | None = None) -> None:
+        """See GuidanceRuntime.step."""
+        with nullcontext() if self.metrics is None else self.metrics.step():
+            super().step(logits, rows, fed)
+
+    def show_metrics(self) -> None:
+        """After anything else that reads tokens or gives blocks back."""
+        if self.metrics is not None:
+            self.metrics.show()
 
 
 def build_runtime(vllm_config: Any, device: torch.device) -> WorkerRuntime:
@@ -48,7 +64,11 @@ def build_runtime(vllm_config: Any, device: torch.device) -> WorkerRuntime:
         runtime = WorkerRuntime({}, tokenizer.eos_token_id)
         runtime.refusal = str(error)
         return runtime
-    return WorkerRuntime(rewards, tokenizer.eos_token_id, policies, side)
+    runtime = WorkerRuntime(rewards, tokenizer.eos_token_id, policies, side)
+    parallel = vllm_config.parallel_config
+    if parallel.rank % parallel.tensor_parallel_size == 0 or parallel.enable_batch_sharded_sampling:
+        runtime.metrics = WorkerMetrics(runtime)
+    return runtime
 
 
 def _load(what: str, paths: Mapping[str, str], load: Callable[[str, str], Any]) -> dict[str, Any]:

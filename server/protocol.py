@@ -7,7 +7,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from steersman.guidance.request import Guidance, GuidanceError, parse_guidance
 from steersman.server.config import CONFIG_KEY
-from steersman.server.errors import InvalidGuidance, reject
+from steersman.server.errors import reject
 from steersman.server.presets import preset_of_model
 from steersman.server.registry import Registry
 from steersman.server.vllm import ChatCompletionRequest, CompletionRequest, SamplingParams
@@ -60,9 +60,9 @@ class _Guided:
 
     def _check_compatible(self) -> None:
         if getattr(self, "use_beam_search", False):
-            raise InvalidGuidance("use_beam_search", "does not work with guidance; leave one of the two out")
+            reject(GuidanceError("use_beam_search", "does not work with guidance; leave one of the two out"))
         if getattr(self, "prompt_embeds", None) is not None:
-            raise InvalidGuidance("prompt_embeds", "do not work with guidance, whose models read tokens; send a prompt")
+            reject(GuidanceError("prompt_embeds", "do not work with guidance, whose models read tokens; send a prompt"))
 
     def _attach_guidance(self, params: SamplingParams) -> SamplingParams:
         extra = {key: value for key, value in (params.extra_args or {}).items() if key != CONFIG_KEY}

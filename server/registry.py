@@ -9,6 +9,7 @@ from steersman.guidance.plan import Plan
 from steersman.guidance.request import (
     Guidance,
     GuidanceError,
+    ModelNotLoaded,
     RewardGuidance,
     describe_methods,
     policies,
@@ -56,7 +57,7 @@ class Registry:
             for place, name in named:
                 if name not in loaded:
                     known = ", ".join(sorted(loaded)) or f"none; start the server with {option} NAME=PATH"
-                    raise GuidanceError(place, f"no {what} {name!r:.80} is loaded; loaded are: {known}")
+                    raise ModelNotLoaded(place, f"no {what} {name!r:.80} is loaded; loaded are: {known}")
         if self.sharded and getattr(guidance, "kl_budget", None) is not None:
             raise GuidanceError(
                 "guidance.kl_budget",
@@ -77,7 +78,7 @@ class Registry:
         preset = self.presets.get(name)
         if preset is None:
             known = ", ".join(sorted(self.presets)) or "none; start the server with --guidance-presets FILE"
-            raise GuidanceError("guidance", f"no preset {name!r:.80} is loaded; loaded are: {known}")
+            raise ModelNotLoaded("guidance", f"no preset {name!r:.80} is loaded; loaded are: {known}")
         return preset
 
     def models_of(self, plan: Plan) -> list[LoadedModel]:

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from steersman.guidance.request import GuidanceError
+from steersman.guidance.request import GuidanceError, ModelNotLoaded
 from steersman.server.engine import GuidedEngine
 from steersman.server.registry import LoadedModel
 
@@ -37,7 +37,7 @@ async def score_responses(engine: GuidedEngine, request: RewardsRequest) -> dict
     model = engine.registry.reward_models.get(request.model)
     if model is None:
         known = ", ".join(sorted(engine.registry.reward_models)) or "none"
-        raise GuidanceError("model", f"no reward model {request.model!r:.80} is loaded; loaded are: {known}")
+        raise ModelNotLoaded("model", f"no reward model {request.model!r:.80} is loaded; loaded are: {known}")
     tokenizer = engine.renderer.tokenizer
     prompt = _prompt_tokens(tokenizer, request)
     data = []

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from steersman.guidance.report import BASE_SOURCE
 from steersman.guidance.request import BestOfN, Blockwise, GuidanceError
 from steersman.server.config import CONFIG_KEY
 from steersman.server.registry import LoadedModel
@@ -219,6 +220,7 @@ def _report(search: Search, progress: _Progress) -> dict[str, Any]:
         "policy_tokens": 0,
         "saved_reward_model_tokens": 0,
         "saved_policy_tokens": 0,
+        "sources": {BASE_SOURCE: len(progress.tokens)},
         "generated_tokens": progress.generated,
     }
     return {**report, "trace": progress.trace} if search.guidance.trace else report

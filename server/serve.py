@@ -11,6 +11,7 @@ import uvloop
 from steersman.guidance.checkpoints import ModelRefused
 from steersman.guidance.request import BASE, Guidance
 from steersman.server.config import CONFIG_KEY, ServerConfig, parse_named_paths
+from steersman.server.metrics.directory import metrics_directory
 from steersman.server.presets import load_presets
 
 
@@ -18,9 +19,10 @@ def main(argv: Sequence[str]) -> int:
     """Serves until it is told to stop. Returns 2 for a start that was refused and 1 for one that failed, after one
     line that says why."""
     try:
-        args = parse_arguments(argv)
-        presets = check_before_start(args)
-        uvloop.run(serve(args, presets))
+        with metrics_directory():
+            args = parse_arguments(argv)
+            presets = check_before_start(args)
+            uvloop.run(serve(args, presets))
     except ModelRefused as refusal:
         print(f"steersman: {refusal}", file=sys.stderr)
         return 2

@@ -39,6 +39,7 @@ class GuidanceWorkerExtension:
         if runtime is None:
             return None
         reports = [runtime.finish((key, seed), response) for key, seed, response in finished]
+        runtime.show_metrics()
         return [None if report is None else asdict(report) for report in reports]
 
     def steersman_score(self, name: str, prompt: list[int], response: list[int]) -> list[float] | str | None:
@@ -46,11 +47,12 @@ class GuidanceWorkerExtension:
         runtime = self._steersman_runtime()
         if runtime is None:
             return None
-        runtime.settle()
         try:
-            return runtime.reward_models[name].score_text(prompt, response)
+            return runtime.score_text(name, prompt, response)
         except Exception as error:
             return str(error)
+        finally:
+            runtime.show_metrics()
 
     def steersman_score_answers(
         self, name: str, prompt: list[int], responses: list[list[int]]
@@ -59,11 +61,12 @@ class GuidanceWorkerExtension:
         runtime = self._steersman_runtime()
         if runtime is None:
             return None
-        runtime.settle()
         try:
-            return runtime.reward_models[name].score_answers(prompt, responses)
+            return runtime.score_answers(name, prompt, responses)
         except Exception as error:
             return str(error)
+        finally:
+            runtime.show_metrics()
 
     def _steersman_runtime(self) -> WorkerRuntime | None:
         processor = self._steersman_processor()

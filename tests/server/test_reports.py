@@ -34,6 +34,8 @@ def _report(key: str) -> dict[str, Any]:
         "kl": 0.5,
         "error": None,
         "rewards": {},
+        "tokens": 5,
+        "sources": {"guided": 3, "base": 2},
         "trace": None,
         **numbers,
         **saved,

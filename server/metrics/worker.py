@@ -1,0 +1,93 @@
+"""What a worker counts: its steps, and what auxiliary models read and hold."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from steersman.guidance.runtime import GuidanceRuntime
+from steersman.guidance.work import FAULTS, PHASES, Work
+
+Stage = Literal["candidates", "rewards", "policies", "writing"]
+
+_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 5)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+STEP = Histogram(
+    "steersman_step_seconds", "The host's time in the guidance of one decoding step.", ("stage",), buckets=_SECONDS
+)
+ROWS = Histogram("steersman_step_rows", "Guided rows of a decoding step.", buckets=_ROWS)
+TOKENS = Counter("steersman_auxiliary_tokens_total", "Tokens that auxiliary models have read.", ("model", "phase"))
+FAILURES = Counter("steersman_model_failures_total", "Guided requests that a model has spoiled.", ("model", "reason"))
+BLOCKS = Gauge(
+    "steersman_cache_blocks", "Blocks of a model's key-value cache.", ("model",), multiprocess_mode="livesum"
+)
+BLOCKS_IN_USE = Gauge(
+    "steersman_cache_blocks_in_use", "Of these, held by requests.", ("model",), multiprocess_mode="livesum"
+)
+
+
+class WorkerMetrics:
+    """Turns a runtime's own record into metrics, after every step."""
+
+    def __init__(self, runtime: GuidanceRuntime) -> None:
+        self._runtime = runtime
+        self._shown: dict[tuple[str, str], int] = {}
+        self._known: set[str] = set()
+        for stage in (*get_args(Stage), "total"):
+            STEP.labels(stage)
+        self.show()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Observes one decoding step, and what has been read in it."""
+        work = self._runtime.work
+        seconds, rows, began = _seconds(work), work.rows, time.perf_counter()
+        yield
+        STEP.labels("total").observe(time.perf_counter() - began)
+        ROWS.observe(work.rows - rows)
+        for stage, after in _seconds(work).items():
+            if after > seconds[stage]:
+                STEP.labels(stage).observe(after - seconds[stage])
+        self.show()
+
+    def show(self) -> None:
+        """Brings counters and gauges up to date."""
+        models = {**self._runtime.reward_models, **self._runtime.policies}
+        self._follow(models)
+        work = self._runtime.work
+        for metric, counted in ((TOKENS, work.tokens), (FAILURES, work.failures)):
+            for label, by_model in counted.items():
+                for name, total in by_model.items():
+                    self._raise_to(metric, name, label, total)
+        for name, model in models.items():
+            cache = getattr(model, "cache", None)
+            if cache is not None:
+                BLOCKS.labels(name).set(cache.num_blocks)
+                BLOCKS_IN_USE.labels(name).set(cache.blocks_in_use)
+
+    def _follow(self, models: Mapping[str, Any]) -> None:
+        """Series begin with their model; a model that is unloaded has no blocks any more."""
+        if models.keys() == self._known:
+            return
+        for name in models.keys() - self._known:
+            for phase in PHASES:
+                TOKENS.labels(name, phase)
+            for fault in FAULTS:
+                FAILURES.labels(name, fault)
+        for name in self._known - models.keys():
+            BLOCKS.labels(name).set(0)
+            BLOCKS_IN_USE.labels(name).set(0)
+        self._known = set(models)
+
+    def _raise_to(self, metric: Counter, name: str, label: str, total: int) -> None:
+        shown = self._shown.get((name, label), 0)
+        if total != shown:
+            metric.labels(name, label).inc(total - shown)
+            self._shown[name, label] = total
+
+
+def _seconds(work: Work) -> dict[str, float]:
+    return {stage: getattr(work, f"{stage}_seconds") for stage in get_args(Stage)}
