@@ -9,6 +9,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 
 RUN := .venv/bin/python -m
 OTHER_TRITON := .venv/triton/3.6.0
+PROMETHEUS := .venv/prometheus
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -17,13 +18,17 @@ help: ## show this list
 $(OTHER_TRITON): | setup
 	.venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --target $@ triton==$(notdir $@)
 
+# Dashboards and alerts are tried on a real Prometheus.
+$(PROMETHEUS): | setup
+	@scripts/prometheus.sh
+
 setup: ## make .venv with every pinned package
 	@scripts/setup.sh
 
 demo: setup ## serve the demo models and show one prompt with and without guidance (ONCE=1 stops after that)
 	@$(RUN) steersman.cli demo
 
-test: setup $(OTHER_TRITON) ## run the whole test suite, without a GPU
+test: setup $(OTHER_TRITON) $(PROMETHEUS) ## run the whole test suite, without a GPU
 	$(RUN) pytest -n 2
 
 lint: setup ## check style and types

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class _Answer(BaseModel):
@@ -56,6 +56,10 @@ class GuidanceReport(_Answer):
     """Tokens that closed gates spared the reward models."""
     saved_policy_tokens: int = 0
     """Tokens that closed gates spared the policies."""
+    sources: dict[str, int] = Field(default_factory=dict)
+    """Tokens by the distribution that they were sampled from: base, guided, mixture, or a policy's name."""
+    switches: int = 0
+    """Tokens that were sampled from another distribution than the one before."""
     kl_spent: float | None = None
     """Σ KL(π‖π₀) over positions, nats, where there is a budget."""
     trace: tuple[TracedToken, ...] | tuple[dict[str, Any], ...] | None = None

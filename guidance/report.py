@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from steersman.guidance.transfer import to_device
 _BASE = Formula()
 _SUMMED = (
     *("guided_tokens", "interventions", "kl", "reward_model_tokens", "policy_tokens"),
-    *("saved_reward_model_tokens", "saved_policy_tokens"),
+    *("saved_reward_model_tokens", "saved_policy_tokens", "switches"),
 )
 BASE_SOURCE, GUIDED_SOURCE, MIXTURE_SOURCE = "base", "guided", "mixture"
 """Names of distributions that a token is sampled from, beside the policies' own."""
@@ -127,6 +128,8 @@ class Report:
     saved_policy_tokens: int
     sources: dict[str, int]
     """Tokens by the distribution that they were sampled from, see `name_source`."""
+    switches: int
+    """Tokens that were sampled from another distribution than the one before."""
     kl_spent: float | None = None
     """Σ KL(π‖π₀) over positions, nats, where there is a budget."""
     trace: list[dict[str, Any]] | None = None
@@ -154,6 +157,7 @@ def summarise(
     """Reads the positions of `response`; later ones, computed ahead of a stop, are ignored."""
     used = [] if error is not None else list(positions[: len(response)])
     outcomes = _candidate_outcomes(plan, used, response) | _vocabulary_outcomes(used)
+    sources = [_source_at(outcomes, n) for n in range(len(response))]
     return Report(
         method=plan.method,
         tokens=len(response),
@@ -165,7 +169,8 @@ def summarise(
         policy_tokens=counts.policy_tokens,
         saved_reward_model_tokens=counts.saved_reward_model_tokens,
         saved_policy_tokens=counts.saved_policy_tokens,
-        sources=_count_sources(outcomes, response),
+        sources=dict(Counter(sources)),
+        switches=sum(before != after for before, after in pairwise(sources)),
         kl_spent=kl_spent,
         trace=_trace(outcomes, response) if plan.trace else None,
         error=error,
@@ -173,7 +178,8 @@ def summarise(
 
 
 def merge_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One report from those of workers of which each guided other positions of the same answer."""
+    """One report from those of workers of which each guided other positions of the same answer. Where an answer went
+    from one to another, each counts a switch."""
     merged = dict(reports[0])
     for report in reports[1:]:
         for name in _SUMMED:
@@ -283,10 +289,6 @@ def _trace(outcomes: dict[int, _Outcome], response: Sequence[int]) -> list[dict[
 
 def _source_at(outcomes: Mapping[int, _Outcome], n: int) -> str:
     return name_source(outcomes[n].formula) if n in outcomes else BASE_SOURCE
-
-
-def _count_sources(outcomes: Mapping[int, _Outcome], response: Sequence[int]) -> dict[str, int]:
-    return dict(Counter(_source_at(outcomes, n) for n in range(len(response))))
 
 
 def _merge_sources(mine: Mapping[str, int], others: Mapping[str, int], tokens: int) -> dict[str, int]:

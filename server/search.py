@@ -221,6 +221,7 @@ def _report(search: Search, progress: _Progress) -> dict[str, Any]:
         "saved_reward_model_tokens": 0,
         "saved_policy_tokens": 0,
         "sources": {BASE_SOURCE: len(progress.tokens)},
+        "switches": 0,
         "generated_tokens": progress.generated,
     }
     return {**report, "trace": progress.trace} if search.guidance.trace else report

@@ -42,6 +42,9 @@ INTERVENTIONS = Counter(
 SOURCES = Counter(
     "steersman_source_tokens_total", "Tokens by the distribution that they were sampled from.", ("method", "source")
 )
+SWITCHES = Counter(
+    "steersman_switches_total", "Tokens sampled from another distribution than the one before.", ("method",)
+)
 SAVED = Counter("steersman_saved_tokens_total", "Tokens that closed gates spared auxiliary models.", ("method", "kind"))
 KL = Histogram(
     "steersman_request_kl_nats",
@@ -134,6 +137,7 @@ def count_answer(report: Mapping[str, Any]) -> None:
     GENERATED.labels(method).inc(report["tokens"])
     GUIDED.labels(method).inc(report["guided_tokens"])
     INTERVENTIONS.labels(method).inc(report["interventions"])
+    SWITCHES.labels(method).inc(report["switches"])
     for source, tokens in report["sources"].items():
         SOURCES.labels(method, source).inc(tokens)
     for kind in ("reward_model", "policy"):
@@ -159,7 +163,7 @@ def begin_counting(reward_models: Iterable[str], policies: Iterable[str]) -> Non
     for method in METHODS:
         for outcome in get_args(Outcome):
             REQUESTS.labels(method, outcome)
-        for metric in (ANSWERS, GENERATED, GUIDED, INTERVENTIONS, KL):
+        for metric in (ANSWERS, GENERATED, GUIDED, INTERVENTIONS, SWITCHES, KL):
             metric.labels(method)
         for kind in ("reward_model", "policy"):
             SAVED.labels(method, kind)

@@ -20,7 +20,7 @@ GUIDED = {"guidance": GUIDANCE}
 HELLO = [{"role": "user", "content": "hello there"}]
 REPORT = {
     *("method", "tokens", "guided_tokens", "interventions", "kl", "rewards", "reward_model_tokens", "policy_tokens"),
-    *("saved_reward_model_tokens", "saved_policy_tokens"),
+    *("saved_reward_model_tokens", "saved_policy_tokens", "sources", "switches"),
 }
 SCHEMA = {
     "type": "object",

@@ -26,7 +26,7 @@ class Workers:
 
 
 def _report(key: str) -> dict[str, Any]:
-    numbers = dict.fromkeys(("interventions", "reward_model_tokens", "policy_tokens"), 0)
+    numbers = dict.fromkeys(("interventions", "switches", "reward_model_tokens", "policy_tokens"), 0)
     saved = {"saved_reward_model_tokens": 0, "saved_policy_tokens": 0}
     return {
         "method": key,
