@@ -62,7 +62,7 @@ def _panel(panel: Panel, width: int) -> Any:
         .description(panel.description)
         .datasource(_SOURCE)
         .unit(panel.unit)
-        .min(0 if panel.unit != "none" else None)  # type: ignore[arg-type]
+        .min(0 if panel.unit != "none" else None)
         .span(width)
         .height(_HEIGHT)
         .fill_opacity(20 if panel.stacked else 0)
