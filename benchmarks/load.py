@@ -1,90 +1,98 @@
-"""A closed loop of clients: each sends its next request as soon as the last one is answered."""
+"""`steersman bench load`: plain, guided and mixed traffic at rising rates: latency, goodput, what answers are worth."""
 
+import argparse
 import asyncio
-import itertools
-import random
-import time
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import aiohttp
+import httpx
+from rich.console import Console
+
+from steersman.benchmarks.common import RESULTS, demo_server, read_prompts
+from steersman.benchmarks.load_tables import Line, Objective, find, summarise
+from steersman.benchmarks.load_traffic import PLAIN, Arm, Measured, Traffic, send
+from steersman.benchmarks.quality import progress_bar
+
+PARGS: dict[str, Any] = {"method": "pargs", "reward_model": "helpful", "beta": 4, "top_k": 10}
+METHODS: dict[str, dict[str, Any]] = {
+    "pargs": PARGS,
+    "args": {**PARGS, "method": "args", "reward_model": "full", "beta": 2},
+    "mixed": {"method": "mixed", "policy": "dpo", "mix": 0.7},
+    "length_control": {"method": "length_control", "policy": "dpo", "length": 16},
+    "kl_threshold": {"method": "kl_threshold", "policy": "dpo", "threshold": 0.5},
+    "product": {"method": "product", "policies": {"base": 0.5, "dpo": 1.0}},
+    "best_of_n": {"method": "best_of_n", "reward_model": "helpful", "n": 4},
+    "blockwise": {"method": "blockwise", "reward_model": "helpful", "n": 4, "block": 16},
+}
+"""One setting for each method; the server counts KL by method."""
+MIXED = "half and half"
+_JUDGED = 48
+"""Answers of each kind that are scored."""
 
 
-@dataclass(frozen=True)
-class Load:
-    """How much is asked for, and in which way."""
-
-    concurrency: int
-    requests: int
-    max_tokens: int
-    stream: bool = False
-
-
-@dataclass
-class Measurement:
-    """One arm's requests."""
-
-    seconds: float = 0.0
-    tokens: int = 0
-    gaps: list[float] = field(default_factory=list)
-    """Seconds between two chunks of one stream."""
-    reports: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Generated tokens of all requests together."""
-        return self.tokens / self.seconds
+def main(argv: Sequence[str]) -> int:
+    """Writes RESULTS/load.json, .md and .png."""
+    parser = argparse.ArgumentParser(prog="steersman bench load", description=__doc__)
+    parser.add_argument("--url", help="Address of a running server with the demo's names; without it one is started.")
+    parser.add_argument("--rates", type=float, nargs="+", default=[4.0, 8.0, 16.0], help="Requests a second.")
+    parser.add_argument("--saturate", action="store_true", help="At the end, as many requests as may be at once.")
+    parser.add_argument("--seconds", type=float, default=15.0, help="For which requests of one arm arrive.")
+    parser.add_argument("--max-tokens", type=int, default=120)
+    parser.add_argument("--concurrency", type=int, default=64, help="The most requests at once.")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--goodput", type=float, nargs=2, default=[500.0, 50.0], metavar=("TTFT_MS", "TPOT_MS"))
+    parser.add_argument("--judge", default="judge", help="The reward model that says what answers are worth.")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(list(argv))
+    objective = Objective(args.goodput[0] / 1e3, args.goodput[1] / 1e3)
+    with demo_server(args.url, 8036) as url:
+        traffic = Traffic(url, "demo", read_prompts("reporting"), args.max_tokens, args.seconds, args.concurrency)
+        rates = [*sorted(args.rates), *([math.inf] if args.saturate else [])]
+        lines = asyncio.run(_measure(traffic, arms(args.methods), rates, args.judge, objective))
+    find(lines, MIXED, objective).write(args.out / "load", Console())
+    return 0
 
 
-async def run_load(
-    url: str,
-    prompts: Sequence[str],
-    guidance: dict[str, Any] | None,
-    load: Load,
-    model: str = "demo",
-) -> Measurement:
-    """Completions of exactly `load.max_tokens` tokens, `load.concurrency` at a time."""
-    result = Measurement()
-    start = random.randrange(len(prompts))
-    queue = iter(list(itertools.islice(itertools.cycle(prompts), start, start + load.requests)))
-
-    async def client(session: aiohttp.ClientSession) -> None:
-        for prompt in queue:
-            body = {
-                "model": model,
-                "prompt": prompt,
-                "max_tokens": load.max_tokens,
-                "ignore_eos": True,
-                "temperature": 1.0,
-                "stream": load.stream,
-                **({} if guidance is None else {"guidance": guidance}),
-            }
-            async with session.post(f"{url}/v1/completions", json=body) as response:
-                if response.status != 200:
-                    raise RuntimeError(await response.text())
-                await (_read_stream(response, result) if load.stream else _read_body(response, result))
-
-    timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
-        began = time.perf_counter()
-        await asyncio.gather(*(client(session) for _ in range(load.concurrency)))
-        result.seconds = time.perf_counter() - began
-    result.tokens = load.requests * load.max_tokens
-    return result
+def arms(methods: Sequence[str]) -> list[Arm]:
+    """Plain traffic, each method's, and plain requests between those of all methods."""
+    chosen = {name: METHODS[name] for name in methods}
+    mixed = tuple(kind for name, guidance in chosen.items() for kind in ((PLAIN, None), (name, guidance)))
+    own = [Arm(name, ((name, guidance),)) for name, guidance in chosen.items()]
+    return [Arm(PLAIN, ((PLAIN, None),)), *own, Arm(MIXED, mixed)]
 
 
-async def _read_body(response: aiohttp.ClientResponse, result: Measurement) -> None:
-    choice = (await response.json())["choices"][0]
-    if choice.get("guidance") is not None:
-        result.reports.append(choice["guidance"])
+async def _measure(
+    traffic: Traffic, kinds: Sequence[Arm], rates: Sequence[float], judge: str, objective: Objective
+) -> list[Line]:
+    plain = kinds[0]
+    lines = []
+    with progress_bar() as progress:
+        for rate in rates:
+            # The second half of plain traffic at the end: a slow spell of the machine falls on it too.
+            order = [*kinds, plain]
+            measured: dict[str, Measured] = {}
+            shown = f"{rate:g} requests a second" if math.isfinite(rate) else "saturation"
+            for arm in progress.track(order, description=shown):
+                found = await send(traffic, arm, rate)
+                if arm.name in measured:
+                    found.sent += measured[arm.name].sent
+                    found.seconds += measured[arm.name].seconds
+                measured[arm.name] = found
+            for found in measured.values():
+                lines += summarise(found, await _judge(traffic.url, judge, found), objective)
+    return lines
 
 
-async def _read_stream(response: aiohttp.ClientResponse, result: Measurement) -> None:
-    last = None
-    async for line in response.content:
-        if line.startswith(b"data: {"):
-            now = time.perf_counter()
-            if last is not None:
-                result.gaps.append(now - last)
-            last = now
+async def _judge(url: str, judge: str, measured: Measured) -> dict[str, list[float]]:
+    """Kind → rewards of some of its answers."""
+    rewards: dict[str, list[float]] = {}
+    async with httpx.AsyncClient(base_url=url, timeout=300) as client:
+        for sent in measured.sent:
+            own = rewards.setdefault(sent.kind, [])
+            if sent.text and len(own) < _JUDGED:
+                body = {"model": judge, "prompt": sent.prompt, "responses": [sent.text]}
+                reply = (await client.post("/v1/rewards", json=body)).raise_for_status().json()
+                own.append(reply["data"][0]["reward"])
+    return rewards

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from steersman.benchmarks.closed_loop import Load, Measurement, run_load
 from steersman.benchmarks.common import RESULTS, demo_server, read_prompts, write_json
-from steersman.benchmarks.load import Load, Measurement, run_load
 from steersman.benchmarks.naive import measure_naive
 
 GUIDANCE: dict[str, Any] = {"method": "pargs", "reward_model": "helpful", "beta": 1.5, "top_k": 10}
@@ -214,4 +214,5 @@ def _stages(summary: dict[str, Any], stages: list[dict[str, float]], concurrency
 
 
 def _work(url: str) -> dict[str, float]:
-    return dict(httpx.get(f"{url}/v1/guidance", timeout=60).json()["work"])
+    work = httpx.get(f"{url}/v1/guidance", timeout=60).json()["work"]
+    return {name: value for name, value in work.items() if name.endswith("_seconds") or name == "steps"}

@@ -10,7 +10,7 @@ _COMMANDS = {
     "data": ("steersman.training.data.command", "check preference data, cut it into segments, have them scored"),
     "train": ("steersman.training.command", "train reward models and policies"),
     "evaluate": ("steersman.benchmarks.quality", "measure how good guided answers are, through a server"),
-    "bench": ("steersman.benchmarks.overhead", "measure what guidance costs, beside plain decoding"),
+    "bench": ("steersman.benchmarks.command", "measure what guidance costs, beside plain decoding; bench load: under load"),
 }
 
 
