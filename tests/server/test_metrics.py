@@ -148,13 +148,11 @@ def test_a_thousand_requests_with_hostile_names_add_no_series(server: Server, rn
     assert total(growth(before, after), "steersman_refusals_total") > 500
 
 
-def test_both_text_formats_are_spoken(server: Server) -> None:
-    plain = httpx.get(f"{server.url}/metrics", timeout=60)
-    assert plain.headers["content-type"].startswith("text/plain; version=")
-    accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
-    modern = httpx.get(f"{server.url}/metrics", timeout=60, headers=accept)
-    assert modern.headers["content-type"].startswith("application/openmetrics-text")
-    assert modern.text.endswith("# EOF\n")
+def test_vllm_s_names_keep_their_colons_whatever_format_a_scraper_prefers(server: Server) -> None:
+    accept = {"Accept": "application/openmetrics-text; version=1.0.0, text/plain; version=0.0.4; q=0.5"}
+    answer = httpx.get(f"{server.url}/metrics", timeout=60, headers=accept)
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    assert "\nvllm:generation_tokens_total{" in answer.text
 
 
 def _ask_every_method(server: Server, rng: random.Random) -> dict[str, dict[str, Any]]:
