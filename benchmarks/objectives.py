@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steersman.benchmarks import objective_tables
-from steersman.benchmarks.answers import Answers, Server, connected, summarise
+from steersman.benchmarks.answers import Answer, Answers, Server, connected, summarise
 from steersman.benchmarks.common import RESULTS, demo_server
 from steersman.benchmarks.objective_tables import METHODS, Measured, Method
 from steersman.benchmarks.plain_trl import PlainRun
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         for taught in (False, True):
             finish(_runs(args.work, taught), progress, "training, by a teacher" if taught else "training")
     accuracy = _measure(args.work)
-    betas, answers = asyncio.run(_decode(args.work, args.prompts))
+    betas, answers = _decode(args.work, args.prompts)
     for stem, finding in objective_tables.find(Measured(accuracy, betas, answers)).items():
         finding.write(args.out / stem, Console())
     return 0
@@ -104,23 +105,35 @@ def _measure_accuracy(work: Path, name: str, seed: int) -> dict[str, float]:
     return measure_implicit_reward(folder, base, tokenizer, rows)
 
 
-async def _decode(work: Path, count: int) -> tuple[dict[str, float | None], dict[str, list[Answers]]]:
+def _decode(work: Path, count: int) -> tuple[dict[str, float | None], dict[str, list[Answers]]]:
     """Each method's strength, chosen with the first seed's model, and each seed's answers with it."""
     betas: dict[str, float | None] = {}
     answers: dict[str, list[Answers]] = {}
     for seed in SEEDS:
-        prompts = world_prompts("reporting")[seed * count : (seed + 1) * count]
-        with (
-            demo_server(None, _PORT, [*_flags(work, seed), "--guidance-cache", "1"]) as url,
-            progress_bar() as progress,
-        ):
-            async with connected(url, judge="judge") as server:
-                if seed == SEEDS[0]:
-                    betas = {name: await _tune(server, name, progress) for name in METHODS}
-                for setting in (BASE, *(_setting(name, betas[name]) for name in METHODS)):
-                    given = await ask_shown(server, setting, prompts, progress, seed=seed)
-                    answers.setdefault(setting.name, []).append(given)
+        kept = work / f"seed{seed}" / f"answers-{count}.json"
+        if not kept.exists():
+            found = asyncio.run(_decode_seed(work, seed, count, betas))
+            kept.write_text(json.dumps(found), encoding="utf-8")
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        betas = found["betas"]
+        for name, given in found["answers"].items():
+            answers.setdefault(name, []).append([[Answer(**sample) for sample in row] for row in given])
     return betas, answers
+
+
+async def _decode_seed(work: Path, seed: int, count: int, betas: dict[str, float | None]) -> dict[str, Any]:
+    """Answers of one seed's models; without strengths, they are tuned before."""
+    prompts = world_prompts("reporting")[seed * count : (seed + 1) * count]
+    with (
+        demo_server(None, _PORT, [*_flags(work, seed), "--guidance-cache", "1"]) as url,
+        progress_bar() as progress,
+    ):
+        async with connected(url, judge="judge") as server:
+            betas = betas or {name: await _tune(server, name, progress) for name in METHODS}
+            settings = (BASE, *(_setting(name, betas[name]) for name in METHODS))
+            given = {s.name: await ask_shown(server, s, prompts, progress, seed=seed) for s in settings}
+    rows = {name: [[asdict(sample) for sample in row] for row in answers] for name, answers in given.items()}
+    return {"betas": betas, "answers": rows}
 
 
 def _flags(work: Path, seed: int) -> list[str]:
