@@ -4,15 +4,18 @@ import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.dependencies.utils import get_parameterless_sub_dependant
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.routing import Mount
+from starlette.types import Receive, Scope, Send
 
 from steersman.guidance.request import GuidanceError
 from steersman.server.engine import GuidedEngine
-from steersman.server.errors import reject
+from steersman.server.errors import refuse_unreadable, reject
+from steersman.server.limits.queue import Place, TooManyRequests
 from steersman.server.metrics.exposition import router as metrics_router
 from steersman.server.presets import preset_of_model
 from steersman.server.protocol import GuidedChatCompletionRequest, GuidedCompletionRequest
@@ -49,10 +52,18 @@ async def show_guidance(raw_request: Request) -> dict[str, Any]:
 @with_cancellation
 async def create_rewards(request: RewardsRequest, raw_request: Request) -> Any:
     """Rewards of finished texts."""
+    engine = _engine(raw_request)
     try:
-        return JSONResponse(await score_responses(_engine(raw_request), request))
+        place = engine.queue.enter()
+    except TooManyRequests as full:
+        return full.response()
+    try:
+        await place.turn()
+        return JSONResponse(await score_responses(engine, request))
     except GuidanceError as error:
         reject(error)
+    finally:
+        place.leave()
 
 
 @router.post("/v1/completions", dependencies=[Depends(validate_json_request)], responses=_RESPONSES)
@@ -89,6 +100,17 @@ def attach_routes(app: FastAPI) -> None:
     app.include_router(metrics_router)
 
 
+def tidy_routes(app: FastAPI) -> None:
+    """Takes away what no user should reach or this model cannot do; makes errors of what vLLM has none for."""
+    closed = {"/scale_elastic_ep", "/is_scaling_elastic_ep"}
+    if app.state.serving_structured_decisions is None:
+        closed.add("/v1/systemone")
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in closed]
+    app.exception_handlers[StarletteHTTPException] = app.exception_handlers[HTTPException]
+    for error in (AttributeError, IndexError, KeyError):
+        app.add_exception_handler(error, refuse_unreadable)
+
+
 async def _refuse_guidance(raw_request: Request) -> None:
     """vLLM passes over fields that it does not know, and an answer without guidance would look like one with it."""
     content = await raw_request.body()
@@ -116,15 +138,36 @@ async def _answer(create: Callable[..., Awaitable[Any]], request: _GuidedRequest
     engine = _engine(raw_request)
     try:
         request.choose_guidance(engine.registry)
+        engine.limits.caps.check_choices(request.n)
+        if request.parsed_guidance is None:
+            return _respond(await create(request, raw_request), request, raw_request)
+        engine.limits.caps.check_guidance(request.parsed_guidance)
     except GuidanceError as error:
         reject(error)
     try:
-        answer = await create(request, raw_request)
+        place = engine.queue.enter()
+    except TooManyRequests as full:
+        return full.response()
+    return await _answer_in_turn(place, create, request, raw_request)
+
+
+async def _answer_in_turn(
+    place: Place, create: Callable[..., Awaitable[Any]], request: _GuidedRequest, raw_request: Request
+) -> Any:
+    """A stream waits for its turn behind its headers, and leaves the queue with its last event."""
+    response = None
+    try:
+        if not request.stream:
+            await place.turn()
+        response = _respond(await create(request, raw_request), request, raw_request, place)
+        return response
     except BaseException:
         # The client has gone, or one of several choices failed: nobody will ask for the others' reports.
-        _drop_reports(engine, request.guidance_keys)
+        _drop_reports(_engine(raw_request), request.guidance_keys)
         raise
-    return _respond(answer, request, raw_request)
+    finally:
+        if not isinstance(response, _GuidedStream):
+            place.leave()
 
 
 def _drop_reports(engine: GuidedEngine, keys: list[str]) -> None:
@@ -132,7 +175,21 @@ def _drop_reports(engine: GuidedEngine, keys: list[str]) -> None:
         engine.take_reports(key)
 
 
-def _respond(answer: Any, request: _GuidedRequest, raw_request: Request) -> Any:
+class _GuidedStream(StreamingResponse):
+    """Leaves the queue when it has ended, however it ends: an iterator that was never begun has no end of its own."""
+
+    def __init__(self, place: Place, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._place = place
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._place.leave()
+
+
+def _respond(answer: Any, request: _GuidedRequest, raw_request: Request, place: Place | None = None) -> Any:
     engine, keys = _engine(raw_request), request.guidance_keys
     if isinstance(answer, ErrorResponse):
         _drop_reports(engine, keys)
@@ -141,9 +198,10 @@ def _respond(answer: Any, request: _GuidedRequest, raw_request: Request) -> Any:
         body = answer.model_dump()
         _describe_choices(body, request, [engine.take_reports(key) for key in keys])
         return JSONResponse(body)
-    events = _with_reports(answer, engine, request) if keys else answer
     interval = float(getattr(raw_request.app.state.args, "sse_keep_alive_interval", 0))
-    return StreamingResponse(with_sse_keep_alive(events, interval), media_type="text/event-stream")
+    if place is None:
+        return StreamingResponse(with_sse_keep_alive(answer, interval), media_type="text/event-stream")
+    return _GuidedStream(place, with_sse_keep_alive(_with_reports(answer, place, engine, request), interval))
 
 
 def _describe_choices(body: dict[str, Any], request: _GuidedRequest, reports: list[dict[int, dict[str, Any]]]) -> None:
@@ -168,12 +226,13 @@ def _add_discarded(body: dict[str, Any], reports: list[dict[int, dict[str, Any]]
 
 
 async def _with_reports(
-    events: AsyncGenerator[str, None], engine: GuidedEngine, request: _GuidedRequest
+    events: AsyncGenerator[str, None], place: Place, engine: GuidedEngine, request: _GuidedRequest
 ) -> AsyncGenerator[str, None]:
     """Adds `guidance` to the chunk that carries a choice's finish_reason, and what else a whole body would say."""
     keys, n = request.guidance_keys, request.n or 1
     by_preset = preset_of_model(request.model, engine.registry.presets) is not None
     try:
+        await place.turn()
         async for event in events:
             last = '"finish_reason":"' in event or '"choices":[]' in event
             yield _describe_chunk(event, engine, request.model, keys, n) if last or by_preset else event

@@ -19,6 +19,11 @@ class CacheBudget:
             self._show(name)
         self._waiting: deque[tuple[Mapping[str, int], asyncio.Future[None]]] = deque()
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for room."""
+        return len(self._waiting)
+
     def too_large(self, wanted: Mapping[str, int]) -> str | None:
         """The model whose whole cache is smaller than what is wanted, if there is one."""
         return next((name for name, blocks in wanted.items() if blocks > self.capacity[name]), None)

@@ -4,7 +4,7 @@ import asyncio
 import math
 import random
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,8 @@ from steersman.guidance.request import BestOfN, Blockwise, GuidanceError, parse_
 from steersman.server.budget import CacheBudget
 from steersman.server.config import CONFIG_KEY
 from steersman.server.errors import GuidanceFailed, reject
+from steersman.server.limits.queue import GuidedQueue
+from steersman.server.limits.settings import Limits
 from steersman.server.metrics.requests import begin_counting, count_answer, count_error, following
 from steersman.server.registry import LoadedModel, Registry, check_length, name_model, reach
 from steersman.server.reports import Finished, ReportCollector
@@ -38,11 +40,18 @@ class _Ticket:
 class GuidedEngine:
     """Wraps vLLM's engine client; everything but `generate` is vLLM's own."""
 
-    def __init__(self, engine: EngineClient, registry: Registry) -> None:
+    drain: Callable[[float], Coroutine[Any, Any, None]]
+    """Waits until no request is in flight, at most so many seconds; put there by the server."""
+
+    def __init__(self, engine: EngineClient, registry: Registry, limits: Limits) -> None:
         self._engine = engine
+        self._loop = asyncio.get_running_loop()
         self.registry = registry
         begin_counting(registry.reward_models, registry.policies)
+        self.limits = limits
         self.budget = CacheBudget({m.name: m.cache_blocks for m in registry.models.values() if m.cache_blocks})
+        at_once = limits.guided_requests or engine.vllm_config.scheduler_config.max_num_seqs
+        self.queue = GuidedQueue(at_once, limits.waiting_requests, lambda: self.budget.waiting)
         self._reports: dict[str, dict[int, dict[str, Any]]] = {}
         self._collector = ReportCollector(self._finish, sharded=registry.sharded)
         self._cleaning: set[asyncio.Task[Any]] = set()
@@ -67,9 +76,16 @@ class GuidedEngine:
             reject(error)
         return self._generate_guided(ticket, prompt, sampling_params, request_id, kwargs)
 
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Called from another thread when the server is told to stop. The engine must outlive the last request, whose
+        report is asked of it: once it is told to stop itself it answers no such question."""
+        asyncio.run_coroutine_threadsafe(self.drain(timeout or 0), self._loop).result()
+        self._engine.shutdown(timeout=0)
+
     async def describe(self) -> dict[str, Any]:
         """The body of `GET /v1/guidance`: the registry's facts with the worker's cache use and work so far."""
         body = self.registry.describe()
+        body["limits"] |= self.limits.describe(self.queue.at_once)
         replies = await self._engine.collective_rpc("steersman_describe")
         reply = next(reply for reply in replies if reply is not None)
         current = {model["name"]: model for model in (*reply["reward_models"], *reply["policies"])}

@@ -1,10 +1,17 @@
 """Errors in the OpenAI shape: what a client sees when guidance cannot be given."""
 
+from traceback import walk_tb
 from typing import NoReturn
 
+from starlette.requests import Request
+from starlette.responses import Response
+
 from steersman.guidance.request import GuidanceError
+from steersman.server.limits.refusals import refuse
 from steersman.server.metrics.requests import count_refusal, reason_of
 from steersman.server.vllm import GenerationError, VLLMValidationError
+
+_RESPONSE_ITEMS = "vllm.entrypoints.openai.responses.utils"
 
 
 class InvalidGuidance(VLLMValidationError):
@@ -20,6 +27,14 @@ class InvalidGuidance(VLLMValidationError):
 
 class GuidanceFailed(GenerationError):
     """HTTP 500, or an error event in a stream: guidance failed while this one request was decoded."""
+
+
+async def refuse_unreadable(request: Request, error: Exception) -> Response:
+    """HTTP 400 where vLLM's `/v1/responses` trips over an item of the input whose parts are missing, which its types
+    allow; any other error goes on its way."""
+    if not any(frame.f_globals.get("__name__") == _RESPONSE_ITEMS for frame, _ in walk_tb(error.__traceback__)):
+        raise error
+    return refuse(400, f"input: an item lacks what belongs to it: {error}", "malformed", param="input")
 
 
 def reject(error: GuidanceError) -> NoReturn:

@@ -1,5 +1,6 @@
 """Builds a worker's runtime from vLLM's configuration: the same for both of vLLM's interfaces."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -72,7 +73,8 @@ def build_runtime(vllm_config: Any, device: torch.device) -> WorkerRuntime:
 
 
 def _load(what: str, paths: Mapping[str, str], load: Callable[[str, str], Any]) -> dict[str, Any]:
-    return {name: load(name, path) for name, path in track(paths.items(), what, disable=not paths)}
+    silent = not paths or not sys.stdout.isatty()
+    return {name: load(name, path) for name, path in track(paths.items(), what, disable=silent)}
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -6,9 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from steersman.guidance.request import GuidanceError, ModelNotLoaded
 from steersman.server.engine import GuidedEngine
+from steersman.server.limits.caps import MAX_RESPONSES
 from steersman.server.registry import LoadedModel
-
-MAX_RESPONSES = 256
 
 Text = Annotated[str, StringConstraints(strict=True)]
 
@@ -38,6 +37,7 @@ async def score_responses(engine: GuidedEngine, request: RewardsRequest) -> dict
     if model is None:
         known = ", ".join(sorted(engine.registry.reward_models)) or "none"
         raise ModelNotLoaded("model", f"no reward model {request.model!r:.80} is loaded; loaded are: {known}")
+    engine.limits.caps.check_responses(len(request.responses))
     tokenizer = engine.renderer.tokenizer
     prompt = _prompt_tokens(tokenizer, request)
     data = []

@@ -2,37 +2,52 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import uvloop
 
-from steersman.guidance.checkpoints import ModelRefused
-from steersman.guidance.request import BASE, Guidance
+from steersman.guidance.checkpoints import ModelRefused, require_safetensors
+from steersman.guidance.request import BASE, Guidance, GuidanceError
 from steersman.server.config import CONFIG_KEY, ServerConfig, parse_named_paths
+from steersman.server.limits.settings import Limits, add_limit_flags, read_limits
+from steersman.server.logs import choose_json, hide, leave_out, tell
 from steersman.server.metrics.directory import metrics_directory
 from steersman.server.presets import load_presets
+
+_SAFETENSORS = "safetensors"
+"""How the base model is loaded unless --load-format asks for more: vLLM's own default reads pickles too."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Serves until it is told to stop. Returns 2 for a start that was refused and 1 for one that failed, after one
     line that says why."""
+    if wants_json(argv):
+        choose_json()
     try:
         with metrics_directory():
             args = parse_arguments(argv)
-            presets = check_before_start(args)
-            uvloop.run(serve(args, presets))
+            limits = read_limits(args)
+            hide((*limits.api_keys, *limits.admin_keys))
+            presets = check_before_start(args, limits)
+            uvloop.run(serve(args, presets, limits))
     except ModelRefused as refusal:
-        print(f"steersman: {refusal}", file=sys.stderr)
+        tell(f"steersman: {refusal}", failed=True)
         return 2
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        print(f"steersman: the server stopped: {reason}", file=sys.stderr)
+        tell(f"steersman: the server stopped: {reason}", failed=True)
         return 1
     except KeyboardInterrupt:
         return 0
     return 0
+
+
+def wants_json(argv: Sequence[str]) -> bool:
+    """Whether log lines are to be JSON: known before vLLM, which logs while it is imported, reads the flags."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--log-format")
+    return parser.parse_known_args(list(argv))[0].log_format == "json"
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -70,16 +85,19 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="GIB",
         help="Memory for the key-value caches of all reward models and policies together. Default: 1.",
     )
-    parser.set_defaults(host="127.0.0.1")
+    add_limit_flags(parser)
+    parser.set_defaults(host="127.0.0.1", load_format=_SAFETENSORS)
     args = parser.parse_args(list(argv))
     if args.model_tag:
         args.model = args.model_tag
+    if args.log_format == "json":
+        args.use_tqdm_on_load = False
     vllm.configure_logging_from_args(args)
     vllm.validate_parsed_serve_args(args)
     return args
 
 
-def check_before_start(args: argparse.Namespace) -> dict[str, Guidance]:
+def check_before_start(args: argparse.Namespace, limits: Limits) -> dict[str, Guidance]:
     """Refuses in a second what would fail only after the base model is loaded, hands the rest to the workers, and
     returns the presets."""
     from steersman.guidance.policies import inspect_policy
@@ -101,7 +119,14 @@ def check_before_start(args: argparse.Namespace) -> dict[str, Guidance]:
     if both := sorted(set(rewards) & set(policies)):
         raise ModelRefused(f"--policy {both[0]}: a reward model has this name already; names must differ")
     presets = load_presets(args.guidance_presets, rewards, policies)
+    for name, preset in presets.items():
+        try:
+            limits.caps.check_guidance(preset)
+        except GuidanceError as error:
+            raise ModelRefused(f"--guidance-presets {args.guidance_presets}: {name}: {error}") from error
     config = ServerConfig(rewards, policies, args.guidance_cache)
+    if args.load_format == _SAFETENSORS:
+        require_safetensors(args.model, "base model")
     try:
         tokenizer = load_tokenizer(args.tokenizer or args.model, args.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -129,11 +154,12 @@ def describe_memory(model: Mapping[str, Any]) -> str:
     )
 
 
-async def serve(args: argparse.Namespace, presets: dict[str, Guidance]) -> None:
+async def serve(args: argparse.Namespace, presets: dict[str, Guidance], limits: Limits) -> None:
     """Starts the engine, replaces the routes, and serves until shutdown."""
     from steersman.server import vllm
-    from steersman.server.app import attach_routes
+    from steersman.server.app import attach_routes, tidy_routes
     from steersman.server.engine import GuidedEngine
+    from steersman.server.limits.attach import attach_limits
     from steersman.server.registry import build_registry
 
     _, sock = vllm.setup_server(args, reuse_port=False)
@@ -145,13 +171,17 @@ async def serve(args: argparse.Namespace, presets: dict[str, Guidance]) -> None:
                 raise ModelRefused(described[0]["refusal"])
             for model in (*described[0]["reward_models"], *described[0]["policies"]):
                 if "cache_bytes" in model:
-                    print(describe_memory(model))
+                    tell(describe_memory(model))
             registry = build_registry(described[0], presets)
             tasks = await engine.get_supported_tasks()
             app = vllm.build_app(args, tasks, engine.model_config)
             attach_routes(app)
-            await vllm.init_app_state(GuidedEngine(engine, registry), app.state, args, tasks)
+            guided = GuidedEngine(engine, registry, limits)
+            await vllm.init_app_state(guided, app.state, args, tasks)
             vllm.list_presets(app.state, presets)
+            tidy_routes(app)
+            guided.drain = attach_limits(app, limits).drain
+            leave_out((args.disable_access_log_for_endpoints or "").split(","))
             shutdown = await vllm.serve_app(app, sock, args)
         await shutdown
     finally:

@@ -64,6 +64,9 @@ __all__ = [
     "with_sse_keep_alive",
 ]
 
+_LAST_CONNECTIONS_S = 5
+"""Once nothing is answered any more, a client that does not read what was sent is not waited for."""
+
 _PROCESSORS = {
     False: "steersman.server.logits_v1:GuidanceLogitsProcessor",
     True: "steersman.server.logits_v2:GuidanceLogitsProcessor",
@@ -115,5 +118,6 @@ async def serve_app(app: FastAPI, sock: Any, args: Any) -> Any:
         ssl_ciphers=args.ssl_ciphers,
         h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
         h11_max_header_count=args.h11_max_header_count,
+        timeout_graceful_shutdown=_LAST_CONNECTIONS_S,
         **({} if log_config is None else {"log_config": log_config}),
     )

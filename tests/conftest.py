@@ -51,6 +51,8 @@ class ByServer(LoadScopeScheduling):
         path, _, test = nodeid.partition("::")
         if "[V2]" in test or "model_runner_v2" in test:
             return "server_v2"
+        if path.startswith("tests/server/limits"):
+            return "server_limits"
         shared = path.startswith(("tests/server", "tests/clients")) and not path.endswith("test_start.py")
         return "server" if shared else path
 

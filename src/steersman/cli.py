@@ -4,6 +4,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from steersman.server.logs import configure_as_chosen
+
 _COMMANDS = {
     "serve": ("steersman.server.serve", "serve a frozen model with guidance over the OpenAI API"),
     "demo": ("steersman.demo", "serve the bundled demo models and show one prompt with and without guidance"),
@@ -12,6 +14,9 @@ _COMMANDS = {
     "evaluate": ("steersman.benchmarks.quality", "measure how good guided answers are, through a server"),
     "bench": ("steersman.benchmarks.command", "measure what guidance costs, beside plain decoding; bench load: under load"),
 }
+
+# Here because a process that vLLM starts imports this module again, before it imports vLLM.
+configure_as_chosen()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -211,7 +211,7 @@ BAD = {
     "scale without affine": _terms("guidance.rewards.0", "scale", "affine", terms=[{"model": "first", "scale": 2.0}]),
     "beam search": Bad({"use_beam_search": True, "n": 2}, "use_beam_search", ("guidance", "leave one")),
     "more choices than the cache holds": Bad(
-        {"n": 300, "max_tokens": 150}, "max_tokens", ("n=300", "'first'", "--guidance-cache")
+        {"n": 128, "max_tokens": 150}, "max_tokens", ("n=128", "'first'", "--guidance-cache")
     ),
     "embeddings": Bad({"prompt_embeds": "AAAA"}, "prompt_embeds", ("tokens", "send a prompt"), (COMPLETIONS,)),
     "empty prompt": Bad({"prompt": ""}, "prompt", ("empty",), (COMPLETIONS,)),

@@ -51,6 +51,18 @@ BEFORE_START = {
     "negative cache": Refused(("{}/base", "--guidance-cache", "-1"), ("--guidance-cache -1", "positive")),
 }
 BEFORE_START |= {
+    "pickled policy": _policy("expert={}/pickled", words=("policy 'expert'", "safetensors", "save_pretrained")),
+    "pickled base": Refused(("{}/pickled",), ("base model", "safetensors", "save_pretrained")),
+    "no candidates": Refused(("{}/base", "--max-top-k", "0"), ("--max-top-k 0", "from 1 to 64")),
+    "more candidates than may be": Refused(("{}/base", "--max-top-k", "65"), ("--max-top-k 65", "from 1 to 64")),
+    "no time": Refused(("{}/base", "--request-timeout", "0"), ("--request-timeout 0", "positive")),
+    "a user with the admin key": Refused(
+        ("{}/base", "--api-key", "one", "--admin-api-key", "one"), ("--admin-api-key", "of its own")
+    ),
+    "a preset over a cap": Refused(
+        ("{}/base", *("--reward-model", "first={}/first", "--guidance-presets", "{}/wide.yaml", "--max-top-k", "20")),
+        ("wide", "guidance.top_k", "at most 20"),
+    ),
     "missing policy": _policy("expert={}/absent", words=("policy 'expert'", "absent", "does not exist")),
     "a reward model as policy": _policy("expert={}/first", words=("policy 'expert'", "ForCausalLM")),
     "a policy of another vocabulary": _policy("expert={}/stranger", words=("'expert'", "another vocabulary", "family")),
@@ -72,6 +84,7 @@ PRESETS = {
     "list.yaml": "- {method: pargs, reward_model: first}",
     "name.yaml": "'a:b': {method: pargs, reward_model: first}",
     "value.yaml": "strong: {method: pargs, reward_model: first, beta: -1}",
+    "wide.yaml": "wide: {method: pargs, reward_model: first, top_k: 21}",
     "model.yaml": "strong: {method: pargs, reward_model: absent}",
 }
 

@@ -25,8 +25,9 @@ V2_ENVIRONMENT = {
 class Server:
     """`steersman serve` with the given flags on a free port, for the duration of a `with`."""
 
-    def __init__(self, log: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, log: Path, *flags: str, environment: dict[str, str] | None = None, key: str = "none") -> None:
         self.log = log
+        self.key = key
         self.flags = flags
         self.port = free_port()
         self.environment = {**test_environment(), **(environment or {})}
@@ -39,16 +40,25 @@ class Server:
     @property
     def client(self) -> openai.OpenAI:
         """The official client, pointed at this server."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=300)
 
     @property
     def async_client(self) -> openai.AsyncOpenAI:
         """The official asynchronous client, pointed at this server."""
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=300)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """With the key."""
+        return {"Authorization": f"Bearer {self.key}"}
+
+    def get(self, path: str) -> httpx.Response:
+        """GETs."""
+        return httpx.get(f"{self.url}{path}", headers=self.headers, timeout=60)
 
     def post(self, path: str, body: Any) -> httpx.Response:
         """POSTs JSON."""
-        return httpx.post(f"{self.url}{path}", json=body, timeout=300)
+        return httpx.post(f"{self.url}{path}", json=body, headers=self.headers, timeout=300)
 
     def complete(self, prompt: Any, guidance: Any = None, **fields: Any) -> dict[str, Any]:
         """A completion's body; fails on any status but 200."""
@@ -61,7 +71,7 @@ class Server:
 
     def blocks_in_use(self) -> dict[str, int]:
         """Cache blocks that running requests hold, by reward model."""
-        models = httpx.get(f"{self.url}/v1/guidance", timeout=60).json()["reward_models"]
+        models = self.get("/v1/guidance").json()["reward_models"]
         return {m["name"]: m["cache_blocks_in_use"] for m in models if m["cache_blocks_in_use"] is not None}
 
     def __enter__(self) -> "Server":

@@ -1,0 +1,101 @@
+"""Guided requests beyond those that may run and wait are told to come back; plain ones never notice."""
+
+import asyncio
+import random
+
+import httpx
+import pytest
+
+from steersman.server.limits.queue import GuidedQueue, TooManyRequests
+from tests.server.limits.conftest import AT_ONCE, GUIDED, WAITING
+from tests.server.polling import wait_until
+from tests.support.server import Server
+
+
+def test_as_many_run_and_wait_as_may_and_the_rest_is_429(limited: Server) -> None:
+    guided, plain = 12, 6
+
+    async def run() -> tuple[list[httpx.Response], list[httpx.Response]]:
+        async with httpx.AsyncClient(base_url=limited.url, headers=limited.headers, timeout=300) as client:
+            asked = {"model": "base", "prompt": "the lamp", "max_tokens": 100, "ignore_eos": True}
+            steered = [
+                client.post("/v1/completions", json={**asked, "guidance": GUIDED, "stream": number % 2 == 0})
+                for number in range(guided)
+            ]
+            unguided = [client.post("/v1/completions", json=asked) for _ in range(plain)]
+            answers = await asyncio.gather(*steered, *unguided)
+            return list(answers[:guided]), list(answers[guided:])
+
+    steered, unguided = asyncio.run(run())
+    assert [answer.status_code for answer in unguided] == [200] * plain
+    served = [answer for answer in steered if answer.status_code == 200]
+    refused = [answer for answer in steered if answer.status_code == 429]
+    assert len(served) + len(refused) == guided
+    assert len(served) >= AT_ONCE + WAITING
+    assert refused, "none was one too many"
+    for answer in served:
+        assert '"guided_tokens":100' in answer.text
+    for answer in refused:
+        assert 1 <= int(answer.headers["Retry-After"]) <= 60
+        assert answer.json()["error"]["code"] == 429
+        assert "--max-guided-requests" in answer.json()["error"]["message"]
+
+
+def test_places_are_given_back_by_clients_that_hang_up(limited: Server, rng: random.Random) -> None:
+    asked = {"model": "base", "prompt": "the lamp", "max_tokens": 400, "ignore_eos": True, "guidance": GUIDED}
+
+    async def leave(client: httpx.AsyncClient) -> None:
+        body = {**asked, "stream": rng.random() < 0.5}
+        try:
+            await asyncio.wait_for(client.post("/v1/completions", json=body), rng.choice([0.01, 0.1, 0.3]))
+        except TimeoutError:
+            return
+
+    async def run() -> None:
+        async with httpx.AsyncClient(base_url=limited.url, headers=limited.headers, timeout=300) as client:
+            await asyncio.gather(*(leave(client) for _ in range(24)))
+
+    asyncio.run(run())
+    wait_until(lambda: not any(limited.blocks_in_use().values()), "every block is free")
+
+    async def fill() -> list[int]:
+        async with httpx.AsyncClient(base_url=limited.url, headers=limited.headers, timeout=300) as client:
+            bodies = [{**asked, "max_tokens": 20} for _ in range(AT_ONCE + WAITING)]
+            return [
+                answer.status_code
+                for answer in await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
+            ]
+
+    assert asyncio.run(fill()) == [200] * (AT_ONCE + WAITING)
+
+
+@pytest.mark.parametrize("room", [0, 3])
+def test_any_order_of_coming_and_going_keeps_the_limits(rng: random.Random, room: int) -> None:
+    """Against a plain count: who runs, who waits, in the order in which they came. room: that many wait for it."""
+    at_once, waiting = rng.randint(1, 4), rng.randint(min(room, 1), 4)
+
+    async def run() -> None:
+        queue = GuidedQueue(at_once, waiting + room, lambda: room)
+        order: list[int] = []
+        places: dict[int, tuple[object, asyncio.Task[None]]] = {}
+        for number in range(200):
+            if places and rng.random() < 0.5:
+                gone = rng.choice(list(places))
+                place, turn = places.pop(gone)
+                if gone not in order[:at_once]:
+                    turn.cancel()
+                place.leave()  # type: ignore[attr-defined]
+                order.remove(gone)
+            elif len(order) < at_once + waiting:
+                places[number] = (place := queue.enter(), asyncio.ensure_future(place.turn()))
+                order.append(number)
+            else:
+                with pytest.raises(TooManyRequests):
+                    queue.enter()
+            for _ in range(5):
+                await asyncio.sleep(0)
+            running = {number for number, (_, turn) in places.items() if turn.done()}
+            assert running == set(order[:at_once])
+            assert queue.waiting == max(0, len(order) - at_once) + room
+
+    asyncio.run(run())
