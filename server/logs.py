@@ -79,6 +79,8 @@ def leave_out(paths: Sequence[str]) -> None:
 def hide(secrets: Sequence[str]) -> None:
     """Puts *** for these strings in every log record of this process, wherever it comes from."""
     _hidden.extend(secret for secret in secrets if secret)
+    if not _hidden:
+        return
     make = logging.getLogRecordFactory()
 
     def make_without_secrets(*args: Any, **kwargs: Any) -> logging.LogRecord:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from starlette.responses import JSONResponse
 
 from steersman.server.limits.refusals import refuse
+from steersman.server.metrics.requests import WAITING
 
 _RECENT = 32
 _LONGEST_S = 60
@@ -67,7 +68,8 @@ class GuidedQueue:
         return min(_LONGEST_S, max(1, math.ceil((self.waiting + 1) / rate)))
 
     async def _take_turn(self) -> None:
-        await self._turns.acquire()
+        with WAITING.track_inprogress():
+            await self._turns.acquire()
 
     def _leave(self, had_turn: bool) -> None:
         self._entered -= 1

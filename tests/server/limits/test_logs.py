@@ -94,6 +94,7 @@ def test_neither_prompts_nor_keys_are_logged(limited: Server, rng: random.Random
 
 def test_hidden_words_are_left_out_wherever_they_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
     before = logging.getLogRecordFactory()
+    monkeypatch.setattr(logs, "_hidden", [])
     try:
         logs.hide(["hush", ""])
         make = logging.getLogRecordFactory()
