@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -70,6 +71,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="GIB",
         help="Memory for the key-value caches of all reward models and policies together. Default: 1.",
     )
+    group.add_argument("--admin-api-key", metavar="KEY", help="Opens /v1/admin/ to whoever sends this key.")
+    group.add_argument(
+        "--admin-model-root",
+        metavar="DIR",
+        help="Folder whose checkpoints may be loaded while the server runs (POST /v1/admin/models/load).",
+    )
     parser.set_defaults(host="127.0.0.1")
     args = parser.parse_args(list(argv))
     if args.model_tag:
@@ -100,6 +107,10 @@ def check_before_start(args: argparse.Namespace) -> dict[str, Guidance]:
         raise ModelRefused(f"--policy {BASE}: this is the base model's own name among policies; choose another one")
     if both := sorted(set(rewards) & set(policies)):
         raise ModelRefused(f"--policy {both[0]}: a reward model has this name already; names must differ")
+    if args.admin_model_root is not None and not Path(args.admin_model_root).is_dir():
+        raise ModelRefused(f"--admin-model-root {args.admin_model_root}: this is not a folder")
+    if args.admin_model_root is not None and not args.admin_api_key:
+        raise ModelRefused("--admin-model-root: models are loaded by routes that need --admin-api-key KEY")
     presets = load_presets(args.guidance_presets, rewards, policies)
     config = ServerConfig(rewards, policies, args.guidance_cache)
     try:
@@ -132,8 +143,10 @@ def describe_memory(model: Mapping[str, Any]) -> str:
 async def serve(args: argparse.Namespace, presets: dict[str, Guidance]) -> None:
     """Starts the engine, replaces the routes, and serves until shutdown."""
     from steersman.server import vllm
+    from steersman.server.admin import attach_admin_routes
     from steersman.server.app import attach_routes
     from steersman.server.engine import GuidedEngine
+    from steersman.server.lifecycle import build_lifecycle
     from steersman.server.registry import build_registry
 
     _, sock = vllm.setup_server(args, reuse_port=False)
@@ -150,7 +163,10 @@ async def serve(args: argparse.Namespace, presets: dict[str, Guidance]) -> None:
             tasks = await engine.get_supported_tasks()
             app = vllm.build_app(args, tasks, engine.model_config)
             attach_routes(app)
-            await vllm.init_app_state(GuidedEngine(engine, registry), app.state, args, tasks)
+            guided = GuidedEngine(engine, registry)
+            if args.admin_api_key:
+                attach_admin_routes(app, build_lifecycle(guided, args))
+            await vllm.init_app_state(guided, app.state, args, tasks)
             vllm.list_presets(app.state, presets)
             shutdown = await vllm.serve_app(app, sock, args)
         await shutdown
