@@ -214,11 +214,8 @@ def _unload_while_it_is_used(server: Server, admin: Admin, prompt: list[int], gu
     fields: dict[str, Any] = {"max_tokens": 150, "logit_bias": {str(END): -100}, "stream": True}
     stream = server.client.completions.create(model="base", prompt=prompt, **fields, extra_body={"guidance": guidance})
     next(iter(stream))
-    assert admin.listed()["later"]["requests"] == 1
     assert admin.post("unload", name="later", wait=False).status_code == 202
-    assert admin.state("later") == "unloading"
     assert _refusal(server, prompt, "later") == "no reward model 'later' is loaded"
-    _assert_refused(admin.post("unload", name="later"), 409, "name", "'later' is unloading")
     report = [choice.guidance for chunk in stream for choice in chunk.choices if choice.finish_reason]  # type: ignore[attr-defined]
     assert report[0]["tokens"] == 150
     assert report[0]["rewards"]["later"] is not None

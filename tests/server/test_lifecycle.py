@@ -65,6 +65,29 @@ def test_a_model_is_there_once_every_worker_has_it(begin: Begin) -> None:
     assert lifecycle.describe()["data"] == []
 
 
+def test_unloading_waits_for_those_who_use_the_model(begin: Begin) -> None:
+    lifecycle, engine, workers = begin([True, True])
+
+    async def run() -> None:
+        await _load(lifecycle)
+        with engine.users.using([engine.registry.models["later"]]):
+            unloading = lifecycle.begin_unload("later")
+            await asyncio.sleep(0)
+            assert not engine.registry.models
+            assert engine.budget.free == {"later": 40}
+            shown = lifecycle.describe()["data"][0]
+            assert (shown["state"], shown["requests"]) == ("unloading", 1)
+            with pytest.raises(ChangeRefused, match="'later' is unloading") as refused:
+                lifecycle.begin_unload("later")
+            assert refused.value.status == 409
+            assert ("steersman_unload", "later") not in workers.calls
+        await unloading
+        assert ("steersman_unload", "later") in workers.calls
+        assert engine.budget.free == {}
+
+    asyncio.run(run())
+
+
 def test_where_one_worker_refuses_all_forget(begin: Begin) -> None:
     lifecycle, engine, workers = begin([False, "no room"], [True, "no room"])
     entry = asyncio.run(_load(lifecycle))
