@@ -70,8 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def measure(url: str, concurrency: int, rounds: int, console: Console) -> dict[str, Any]:
     """Every model `rounds` times, all in one spell of traffic."""
     traffic, prompts = Traffic(), itertools.cycle(read_prompts("reporting"))
-    timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(timeout=timeout, headers={"Authorization": f"Bearer {_KEY}"}) as session:
+    options: dict[str, Any] = {
+        "timeout": aiohttp.ClientTimeout(total=None),
+        "connector": aiohttp.TCPConnector(force_close=True, limit=0),
+        "headers": {"Authorization": f"Bearer {_KEY}"},
+    }
+    async with aiohttp.ClientSession(**options) as session:
         streams = [
             asyncio.create_task(_stream(session, url, prompts, GUIDANCE if n % 2 else None, traffic))
             for n in range(concurrency)
