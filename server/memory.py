@@ -38,7 +38,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes that this process can still get."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     free = int(psutil.virtual_memory().available)
     try:
