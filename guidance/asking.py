@@ -53,6 +53,21 @@ class Auxiliaries:
         self._work = work
         self._ahead: dict[str, _Ahead] = {}
 
+    def add(self, model: RewardModel | Policy) -> None:
+        """From the next step on it may be asked by its name."""
+        if isinstance(model, Policy):
+            self.policies[model.name] = model
+        else:
+            self.reward_models[model.name] = model
+        if isinstance(model, Policy | VocabularyReward):
+            self.readers[model.name] = model
+
+    def remove(self, name: str) -> RewardModel | Policy:
+        """Takes a model out; no request that is still decoded may name it."""
+        self._ahead.pop(name, None)
+        self.readers.pop(name, None)
+        return self.policies.pop(name) if name in self.policies else self.reward_models.pop(name)
+
     def release(self, key: Hashable, tokens: Sequence[int] | None = None, failed: bool = False) -> None:
         """Gives back what a request holds in the models' caches."""
         for reward_model in self.reward_models.values():

@@ -7,6 +7,7 @@ row's prefix and candidates together, and a mask lets each candidate see the pre
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -105,19 +106,19 @@ class ShapeProbe:
     calls: int = 0
 
 
-_current: AttentionBatch | CandidateBatch | ShapeProbe | None = None
+_current: ContextVar[AttentionBatch | CandidateBatch | ShapeProbe | None] = ContextVar("attended", default=None)
+"""A thread's own: a model may be loaded in one while another steps."""
 
 
 @contextmanager
 def attending(batch: AttentionBatch | CandidateBatch | ShapeProbe) -> Iterator[None]:
     """Makes `batch` the one that the attention function serves. Models drop unknown keyword arguments on the way
     to their layers, so the batch travels beside the call."""
-    global _current
-    _current = batch
+    token = _current.set(batch)
     try:
         yield
     finally:
-        _current = None
+        _current.reset(token)
 
 
 def attend(
@@ -134,18 +135,19 @@ def attend(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [G, HQ, T, d], key [G, H, T, d], value [G, H, T, dv] → ([G, T, HQ, dv], None)."""
-    if _current is None:
+    batch = _current.get()
+    if batch is None:
         raise RuntimeError("the model was called outside of steersman's runtime")
     settings = AttentionSettings(
         query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux
     )
     layer: int = module.layer_idx
-    if isinstance(_current, ShapeProbe):
-        _current.calls += 1
-        _current.layers[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
-        _current.settings[layer] = settings
+    if isinstance(batch, ShapeProbe):
+        batch.calls += 1
+        batch.layers[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
+        batch.settings[layer] = settings
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
-    return attend_paged(_current, layer, query, key, value, settings), None
+    return attend_paged(batch, layer, query, key, value, settings), None
 
 
 def attend_paged(

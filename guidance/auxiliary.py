@@ -1,12 +1,11 @@
 """One causal auxiliary model: load it, prove that its cached forward is right, and run packed prefills and steps."""
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.progress import track
 
 from steersman.guidance.attention import (
     ATTENTION_NAME,
@@ -103,8 +102,12 @@ class CausalModel:
         self._sequences: dict[Hashable, CachedSequence] = {}
         self._layouts: dict[tuple[int, int, int], _Layout] = {}
         self.graphs = StepGraphs()
-        if self._by_kernel and (capture := make_capture(self.device)) is not None:
-            self._capture_steps(choose_sizes(max_rows, candidates), capture)
+        self._capture = make_capture(self.device) if self._by_kernel else None
+        self.sizes = [] if self._capture is None else choose_sizes(max_rows, candidates)
+        """(rows, candidates) that steps are captured for."""
+        if self.sizes:
+            width = -(-min(self.window, self.cache.num_blocks * BLOCK_SIZE) // BLOCK_SIZE)
+            self.graphs.allocate(candidates, width, self.device)
 
     def catch_up(self, prefixes: Sequence[Prefix]) -> list[int]:
         """Brings the cache of every prefix up to all but its last token; returns the tokens read for each.
@@ -355,15 +358,21 @@ class CausalModel:
         return to_device(blocks, self.device), to_device(offsets, self.device)
 
     @torch.inference_mode()
-    def _capture_steps(self, sizes: Sequence[tuple[int, int]], capture: Capture) -> None:
-        width = -(-min(self.window, self.cache.num_blocks * BLOCK_SIZE) // BLOCK_SIZE)
+    def warm_up(self) -> None:
+        """Runs every size once as it is: kernels are compiled, which takes the host seconds."""
+        for rows, k in self.sizes:
+            self._forward_candidates(self.graphs.inputs(rows, k), k, int(k > 0))
 
-        def forward(inputs: StepInputs, k: int) -> torch.Tensor:
-            return self._forward_candidates(inputs, k, int(k > 0))
-
-        shown = track(sizes, f"capturing {self.label}")
+    @torch.inference_mode()
+    def capture(self) -> Iterator[None]:
+        """Makes CUDA graphs of the step, one a turn; between turns the device may do other work, within one it may
+        not. Nothing where there are no graphs."""
+        if self._capture is None:
+            return
         try:
-            self.graphs.capture(shown, forward, capture, width, self.device)
+            yield from self.graphs.capture(
+                self.sizes, lambda inputs, k: self._forward_candidates(inputs, k, int(k > 0)), self._capture
+            )
         except RuntimeError as error:
             logger.warning("%s is run without CUDA graphs, which is slower: %s", self.label, error)
             self.graphs = StepGraphs()

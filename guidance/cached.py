@@ -1,6 +1,7 @@
 """What reward models and policies that read over a paged cache have in common."""
 
-from collections.abc import Hashable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,10 +9,10 @@ import torch
 from steersman.guidance.auxiliary import CausalModel, Prefix
 from steersman.guidance.cache import PagedCache
 from steersman.guidance.checkpoints import find_language_head
-from steersman.guidance.verification import eager_attention, verify
+from steersman.guidance.verification import evaluate_plainly, verify
 
 
-class CachedModel:
+class CachedModel(ABC):
     """A named model over a CausalModel."""
 
     kind: str
@@ -25,6 +26,18 @@ class CachedModel:
     def cache(self) -> PagedCache:
         """What it has read."""
         return self.model.cache
+
+    @abstractmethod
+    def check(self) -> None:
+        """Compares cached outputs with plain forwards; raises ModelRefused where they differ."""
+
+    def warm_up(self) -> None:
+        """See CausalModel.warm_up."""
+        self.model.warm_up()
+
+    def capture(self) -> Iterator[None]:
+        """See CausalModel.capture."""
+        return self.model.capture()
 
     def covers(self, key: Hashable, length: int) -> bool:
         """Whether the first `length` tokens of a request are cached."""
@@ -46,14 +59,19 @@ class NextTokenModel(CachedModel):
         super().__init__(CausalModel(model, label, cache_bytes, max_rows, find_language_head(model)), name)
         self.vocabulary: int = model.config.get_text_config().vocab_size
 
-        def evaluate(ids: torch.Tensor) -> torch.Tensor:
-            ids = ids.to(self.model.device)
-            with eager_attention(model):
-                return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
-
-        with torch.inference_mode():
-            verify(self.model, evaluate, self.vocabulary, candidates=0)
+    @torch.inference_mode()
+    def check(self) -> None:
+        """See CachedModel.check."""
+        verify(self.model, lambda ids: evaluate_plainly(self.model, ids)[-1].float(), self.vocabulary, candidates=0)
 
     def read(self, prefixes: Sequence[Prefix], last: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
         """See CausalModel.read: outputs [G, V of the model], one for every next token."""
         return self.model.read(prefixes, last)
+
+
+def make_ready(model: Any) -> None:
+    """Captures a reward model's or policy's step where the device can, and checks it as it will run; raises
+    ModelRefused."""
+    for _ in model.capture():
+        pass
+    model.check()

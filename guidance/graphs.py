@@ -4,7 +4,7 @@ A step of a small model is hundreds of short launches; a graph is one. Everythin
 buffers of fixed shape, and rows beyond the batch have length -1: they attend to themselves and write nothing.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,17 +52,24 @@ class StepGraphs:
         self._graphs: dict[int, dict[int, Captured]] = {}
         self._inputs: dict[int, StepInputs] = {}
 
-    def capture(
-        self, sizes: Iterable[tuple[int, int]], forward: Forward, capture: Capture, width: int, device: torch.device
-    ) -> None:
-        """sizes: (rows, candidates), the largest first so that the smaller share its memory. width: blocks of the
-        longest table."""
+    def allocate(self, candidates: Iterable[int], width: int, device: torch.device) -> None:
+        """Memory of the inputs. width: blocks of the longest table."""
         tables = torch.zeros(MOST_ROWS, width, dtype=torch.long, device=device)
         lengths = torch.full((MOST_ROWS,), -1, dtype=torch.int32, device=device)
-        for rows, k in sizes:
+        for k in candidates:
             tokens = torch.zeros(MOST_ROWS, 1 + k, dtype=torch.long, device=device)
-            inputs = self._inputs.setdefault(k, StepInputs(tokens, tables, lengths)).first(rows)
+            self._inputs[k] = StepInputs(tokens, tables, lengths)
+
+    def inputs(self, rows: int, k: int) -> StepInputs:
+        """What a graph for `rows` and `k` candidates reads."""
+        return self._inputs[k].first(rows)
+
+    def capture(self, sizes: Iterable[tuple[int, int]], forward: Forward, capture: Capture) -> Iterator[None]:
+        """One graph a turn. sizes: (rows, candidates), the largest first so that the smaller share its memory."""
+        for rows, k in sizes:
+            inputs = self.inputs(rows, k)
             self._graphs.setdefault(k, {})[rows] = capture(lambda inputs=inputs, k=k: forward(inputs, k))  # type: ignore[misc]
+            yield
 
     def run(self, step: StepInputs) -> torch.Tensor | None:
         """One forward of [last token | k candidates]; k = 0 where the last token is alone.
@@ -102,7 +109,8 @@ def capture_on_cuda(pool: tuple[int, int]) -> Capture:
             work()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # A server's other threads ask the device of their own work meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             output = work()
         return Captured(graph.replay, output)
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from steersman.guidance.cached import NextTokenModel
+from steersman.guidance.cached import NextTokenModel, make_ready
 from steersman.guidance.checkpoints import ModelRefused, first_line, require_safetensors
 from steersman.guidance.tokenizers import same_tokenizer, size_of
 
-_ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 class Policy(NextTokenModel):
@@ -43,6 +43,21 @@ def load_policy(
     base_path: the base model's own checkpoint, which an adapter is merged into.
     Raises ModelRefused with the reason and the way out. Only safetensors are read.
     """
+    model = read_policy_checkpoint(name, path, base_path, base_tokenizer, dtype, trust_remote_code)
+    policy = Policy(model.to(device), name, cache_bytes, max_rows)
+    make_ready(policy)
+    return policy
+
+
+def read_policy_checkpoint(
+    name: str,
+    path: str,
+    base_path: str,
+    base_tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The part of loading that needs no device: the model on the host; raises as `load_policy` does."""
     inspect_policy(name, path, base_tokenizer, trust_remote_code)
     options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     try:
@@ -56,7 +71,7 @@ def load_policy(
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelRefused(f"policy {name!r}: {path} cannot be loaded: {first_line(error)}") from error
-    return Policy(model.to(device), name, cache_bytes, max_rows)
+    return model
 
 
 def inspect_policy(
@@ -65,7 +80,7 @@ def inspect_policy(
     """What can be said of a checkpoint without its weights; raises ModelRefused for what cannot be served."""
     label = f"policy {name!r}"
     adapter = is_adapter(path)
-    require_safetensors(path, label, _ADAPTER_CONFIG if adapter else "config.json")
+    require_safetensors(path, label, ADAPTER_CONFIG if adapter else "config.json")
     if adapter:
         _require_peft(label)
         if not (Path(path) / "tokenizer_config.json").is_file():
@@ -86,7 +101,7 @@ def inspect_policy(
 
 def is_adapter(path: str) -> bool:
     """Whether a local folder holds a PEFT adapter."""
-    return (Path(path) / _ADAPTER_CONFIG).is_file()
+    return (Path(path) / ADAPTER_CONFIG).is_file()
 
 
 def _merge_adapter(name: str, path: str, base: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,23 @@ from transformers import (
 )
 
 from steersman.guidance.aspects import ASPECTS, require_aspects, weigh_outputs
+from steersman.guidance.cached import make_ready
 from steersman.guidance.checkpoints import ModelRefused, declared_kind, first_line, is_causal, require_safetensors
 from steersman.guidance.rewards import CausalReward, RewardModel, VocabularyReward
 from steersman.guidance.text_reward import TextReward
 from steersman.guidance.tokenizers import same_tokenizer, size_of
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RewardCheckpoint:
+    """A reward model as it was read, on the host."""
+
+    kind: str
+    model: Any
+    tokenizer: PreTrainedTokenizerBase | None
+    """Its own, where it is scored from text."""
 
 
 def load_reward_model(
@@ -41,6 +53,20 @@ def load_reward_model(
 
     Raises ModelRefused with the reason and the way out. Only safetensors are read.
     """
+    checkpoint = read_reward_checkpoint(name, path, base_tokenizer, dtype, trust_remote_code)
+    model = build_reward_model(name, checkpoint, base_tokenizer, device, cache_bytes, max_rows)
+    make_ready(model)
+    return model
+
+
+def read_reward_checkpoint(
+    name: str,
+    path: str,
+    base_tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> RewardCheckpoint:
+    """The part of loading that needs no device; raises as `load_reward_model` does."""
     config, tokenizer, kind = inspect_checkpoint(name, path, base_tokenizer, trust_remote_code)
     family = AutoModelForCausalLM if kind == VocabularyReward.kind else AutoModelForSequenceClassification
     try:
@@ -55,7 +81,6 @@ def load_reward_model(
         raise ModelRefused(f"reward model {name!r}: {path} cannot be loaded: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelRefused(f"reward model {name!r}: {path} lacks the weights {', '.join(missing[:3])}")
-    model = model.to(device)
     if declared_kind(config) == ASPECTS:
         weigh_outputs(model)
         if config.steersman.get("aspects_at") == "segments":
@@ -64,17 +89,31 @@ def load_reward_model(
                 "sentence is arbitrary, and steers badly; train it with aspects_at: tokens",
                 name,
             )
-    if kind == CausalReward.kind:
+    return RewardCheckpoint(kind, model, tokenizer if kind == TextReward.kind else None)
+
+
+def build_reward_model(
+    name: str,
+    checkpoint: RewardCheckpoint,
+    base_tokenizer: PreTrainedTokenizerBase,
+    device: torch.device | str,
+    cache_bytes: int,
+    max_rows: int,
+) -> RewardModel:
+    """A reward model on its device, not captured and not checked yet; raises ModelRefused."""
+    model = checkpoint.model.to(device)
+    if checkpoint.kind == CausalReward.kind:
         return CausalReward(model, name, cache_bytes, max_rows)
-    if kind == VocabularyReward.kind:
+    if checkpoint.kind == VocabularyReward.kind:
         return VocabularyReward(model, name, cache_bytes, max_rows)
     logger.warning(
         "reward model %r (%s) does not share the base model's tokenizer or is not causal: it is scored from text, "
         "which reads the whole answer again for every candidate and is much slower",
         name,
-        config.model_type,
+        model.config.model_type,
     )
-    return TextReward(model, name, tokenizer, decode=_text_decoder(base_tokenizer))
+    assert checkpoint.tokenizer is not None
+    return TextReward(model, name, checkpoint.tokenizer, decode=_text_decoder(base_tokenizer))
 
 
 def inspect_checkpoint(

@@ -3,7 +3,7 @@
 A causal reward model reads every candidate; one with a vocabulary head says the reward of every next token at once.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from steersman.guidance.cached import CachedModel, NextTokenModel
 from steersman.guidance.checkpoints import find_head, training_facts
 from steersman.guidance.graphs import CANDIDATES
 from steersman.guidance.plan import Formula
-from steersman.guidance.verification import eager_attention, verify
+from steersman.guidance.verification import evaluate_plainly, verify
 
 _TEXT_CHUNK = 64
 """Positions whose rewards over a whole vocabulary are held at once."""
@@ -64,6 +64,18 @@ class RewardModel(Protocol):
         """Facts for users: kind, window, cache size."""
         ...
 
+    def check(self) -> None:
+        """Raises ModelRefused where it would be served wrongly."""
+        ...
+
+    def warm_up(self) -> None:
+        """Compiles on a GPU what `capture` would otherwise have to."""
+        ...
+
+    def capture(self) -> Iterator[None]:
+        """Makes CUDA graphs of its step, one a turn; between turns the device may do other work."""
+        ...
+
 
 class _CachedReward(CachedModel):
     """What the two kinds share."""
@@ -103,13 +115,11 @@ class CausalReward(_CachedReward):
         label = f"reward model {name!r}"
         super().__init__(CausalModel(model, label, cache_bytes, max_rows, find_head(model), CANDIDATES), name)
 
-        def evaluate(ids: torch.Tensor) -> torch.Tensor:
-            ids = ids.to(self.model.device)
-            with eager_attention(model):
-                return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()
-
-        with torch.inference_mode():
-            verify(self.model, evaluate, model.config.get_text_config().vocab_size, candidates=3)
+    @torch.inference_mode()
+    def check(self) -> None:
+        """See RewardModel.check."""
+        vocabulary = self.model.model.config.get_text_config().vocab_size
+        verify(self.model, lambda ids: evaluate_plainly(self.model, ids).float(), vocabulary, candidates=3)
 
     def tokens_per_step(self, formula: Formula) -> int:
         """See RewardModel.tokens_per_step."""

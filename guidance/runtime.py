@@ -63,6 +63,19 @@ class GuidanceRuntime:
         """By name."""
         return self.models.policies
 
+    def add(self, model: RewardModel | Policy) -> None:
+        """Requests that start from now on may name the model."""
+        self.models.add(model)
+
+    def remove(self, name: str) -> RewardModel | Policy:
+        """Takes out a model that no live request uses; the caller holds the last of it. A request that named it, and
+        is still known for a moment, is guided no more."""
+        self.settle(wait=True)
+        for request in self._requests.values():
+            if request.error is None and name in (*request.plan.reward_models, *request.plan.policies):
+                request.error = f"{name!r} was unloaded"
+        return self.models.remove(name)
+
     def start(self, key: Hashable, plan: Plan, prompt_length: int, seed: int = 0) -> GuidedRequest:
         """Begins a request, or takes up one that was paused under the same key."""
         request = self._requests.get(key)

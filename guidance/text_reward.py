@@ -1,6 +1,6 @@
 """Scoring of text: any sequence classifier, with whatever tokenizer it has."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,16 @@ class TextReward:
 
     def release(self, key: Hashable, tokens: Sequence[int] | None = None, failed: bool = False) -> None:
         """Nothing is kept between steps."""
+
+    def check(self) -> None:
+        """Nothing is cached that could be wrong."""
+
+    def warm_up(self) -> None:
+        """Nothing is compiled."""
+
+    def capture(self) -> Iterator[None]:
+        """Nothing is captured."""
+        return iter(())
 
     def describe(self) -> dict[str, Any]:
         """See RewardModel.describe."""

@@ -48,8 +48,15 @@ def verify(
         )
 
 
+def evaluate_plainly(causal: CausalModel, ids: torch.Tensor) -> torch.Tensor:
+    """The unchanged model's outputs for one text: ids [1, n] → [n, C], or [C] of a classifier."""
+    ids = ids.to(causal.device)
+    with _eager_attention(causal.model):
+        return causal.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+
+
 @contextmanager
-def eager_attention(model: Any) -> Iterator[None]:
+def _eager_attention(model: Any) -> Iterator[None]:
     """The eager implementation is a model's definition: others leave out what they cannot do (capped scores)."""
     model.set_attn_implementation("eager")
     try:

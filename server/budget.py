@@ -24,6 +24,16 @@ class CacheBudget:
         """Requests that wait for room."""
         return len(self._waiting)
 
+    def add(self, name: str, blocks: int) -> None:
+        """A model that is loaded later."""
+        self.capacity[name] = self.free[name] = blocks
+        self._show(name)
+
+    def remove(self, name: str) -> None:
+        """A model that nobody uses any more."""
+        self.capacity.pop(name, None)
+        self.free.pop(name, None)
+
     def too_large(self, wanted: Mapping[str, int]) -> str | None:
         """The model whose whole cache is smaller than what is wanted, if there is one."""
         return next((name for name, blocks in wanted.items() if blocks > self.capacity[name]), None)

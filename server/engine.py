@@ -4,7 +4,7 @@ import asyncio
 import math
 import random
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from steersman.server.metrics.requests import begin_counting, count_answer, coun
 from steersman.server.registry import LoadedModel, Registry, check_length, name_model, reach
 from steersman.server.reports import Finished, ReportCollector
 from steersman.server.search import Search, check_search, run_search
+from steersman.server.users import ModelUsers
 from steersman.server.vllm import EngineClient, EngineDeadError, RequestOutput, RequestOutputKind, SamplingParams
 
 
@@ -31,6 +32,7 @@ class _Ticket:
     method: str
     choices: int
     seed: int | None
+    models: list[LoadedModel]
     blocks: dict[str, int]
 
     def choice_seed(self, index: int) -> int | None:
@@ -49,6 +51,7 @@ class GuidedEngine:
         self.registry = registry
         begin_counting(registry.reward_models, registry.policies)
         self.limits = limits
+        self.users = ModelUsers()
         self.budget = CacheBudget({m.name: m.cache_blocks for m in registry.models.values() if m.cache_blocks})
         at_once = limits.guided_requests or engine.vllm_config.scheduler_config.max_num_seqs
         self.queue = GuidedQueue(at_once, limits.waiting_requests, lambda: self.budget.waiting)
@@ -68,13 +71,31 @@ class GuidedEngine:
             return self._engine.generate(prompt, sampling_params, request_id, **kwargs)
         try:
             guidance = parse_guidance(entry["guidance"])
+            # A model may have been unloaded since the request came in.
+            self.registry.check(guidance)
             if isinstance(guidance, BestOfN | Blockwise):
                 search = self._admit_search(guidance, entry, prompt, sampling_params)
-                return self._generate_searched(search, entry["key"], prompt, sampling_params, request_id, kwargs)
+                outputs = self._generate_searched(search, entry["key"], prompt, sampling_params, request_id, kwargs)
+                return self._generate_using([search.model], outputs)
             ticket = self._admit(entry, prompt, sampling_params)
         except GuidanceError as error:
             reject(error)
-        return self._generate_guided(ticket, prompt, sampling_params, request_id, kwargs)
+        outputs = self._generate_guided(ticket, prompt, sampling_params, request_id, kwargs)
+        return self._generate_using(ticket.models, outputs)
+
+    def add_model(self, model: LoadedModel) -> None:
+        """From now on requests may name a model that the workers have loaded."""
+        self.users.open(model.name)
+        if model.cache_blocks:
+            self.budget.add(model.name, model.cache_blocks)
+        self.registry = self.registry.with_model(model)
+        begin_counting(self.registry.reward_models, self.registry.policies)
+
+    async def retire_model(self, name: str) -> None:
+        """From now on no request may name the model; returns when those that do have ended."""
+        self.registry = self.registry.without_model(name)
+        await self.users.close(name)
+        self.budget.remove(name)
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Called from another thread when the server is told to stop. The engine must outlive the last request, whose
@@ -91,7 +112,7 @@ class GuidedEngine:
         current = {model["name"]: model for model in (*reply["reward_models"], *reply["policies"])}
         body["work"] = reply["work"]
         for model in (*body["reward_models"], *body["policies"]):
-            model["cache_blocks_in_use"] = current[model["name"]].get("cache_blocks_in_use")
+            model["cache_blocks_in_use"] = current.get(model["name"], {}).get("cache_blocks_in_use")
         return body
 
     async def score(self, model: LoadedModel, prompt: list[int], response: list[int]) -> list[float]:
@@ -157,7 +178,7 @@ class GuidedEngine:
             )
         if params.n > 1 and params.seed is None:
             params.seed = random.getrandbits(31)
-        return _Ticket(entry["key"], plan.method, params.n, params.seed, blocks)
+        return _Ticket(entry["key"], plan.method, params.n, params.seed, models, blocks)
 
     def _admit_search(
         self, guidance: BestOfN | Blockwise, entry: dict[str, Any], prompt: Any, params: SamplingParams
@@ -174,6 +195,17 @@ class GuidedEngine:
                 "ask for fewer or start the server with a larger --guidance-cache",
             )
         return Search(guidance, model, list(tokens))
+
+    async def _generate_using(
+        self, models: Sequence[LoadedModel], outputs: AsyncGenerator[RequestOutput, None]
+    ) -> AsyncGenerator[RequestOutput, None]:
+        try:
+            with self.users.using(models):
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        yield output
+        except GuidanceError as error:
+            reject(error)
 
     async def _generate_searched(
         self,

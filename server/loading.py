@@ -22,11 +22,26 @@ from steersman.server.config import CONFIG_KEY, load_config
 from steersman.server.metrics.worker import WorkerMetrics
 
 
+@dataclass(frozen=True)
+class Destination:
+    """Where a worker's auxiliary models go."""
+
+    tokenizer: PreTrainedTokenizerBase
+    """The base model's."""
+    dtype: torch.dtype
+    device: torch.device
+    cache_bytes: int
+    """Of each model."""
+    max_rows: int
+
+
 class WorkerRuntime(GuidanceRuntime):
     """A runtime that counts for Prometheus, and remembers why a model could not be loaded, so that the server can say
     it in one line."""
 
     refusal: str | None = None
+    destination: Destination
+    """Of models that are loaded later."""
     metrics: WorkerMetrics | None = None
     """None on a rank that repeats what another one does, which would be counted twice."""
 
@@ -46,11 +61,10 @@ def build_runtime(vllm_config: Any, device: torch.device) -> WorkerRuntime:
     config = load_config(vllm_config.additional_config)
     model_config = vllm_config.model_config
     tokenizer = load_tokenizer(model_config.tokenizer, model_config.trust_remote_code)
+    rows = vllm_config.scheduler_config.max_num_seqs
+    destination = Destination(tokenizer, model_config.dtype, device, config.cache_bytes_per_model, rows)
     options: dict[str, Any] = {
-        "dtype": model_config.dtype,
-        "device": device,
-        "cache_bytes": config.cache_bytes_per_model,
-        "max_rows": vllm_config.scheduler_config.max_num_seqs,
+        **{name: getattr(destination, name) for name in ("dtype", "device", "cache_bytes", "max_rows")},
         "trust_remote_code": model_config.trust_remote_code,
     }
     side = make_side_stream(device)
@@ -69,6 +83,7 @@ def build_runtime(vllm_config: Any, device: torch.device) -> WorkerRuntime:
     parallel = vllm_config.parallel_config
     if parallel.rank % parallel.tensor_parallel_size == 0 or parallel.enable_batch_sharded_sampling:
         runtime.metrics = WorkerMetrics(runtime)
+    runtime.destination = destination
     return runtime
 
 

@@ -10,7 +10,8 @@ import yaml
 from steersman.guidance.checkpoints import ModelRefused
 from steersman.guidance.request import Guidance, GuidanceError, parse_guidance, policies, reward_models
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""What presets, and models that are loaded later, may be called."""
 
 
 def load_presets(
@@ -40,7 +41,7 @@ def _parse(
     path: str, name: Any, value: Any, loaded_rewards: Collection[str], loaded_policies: Collection[str]
 ) -> Guidance:
     label = f"--guidance-presets {path}: {name}"
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ModelRefused(f"{label} is not a name: use letters, digits, '.', '_' and '-', at most 64 of them")
     try:
         guidance = parse_guidance(value)

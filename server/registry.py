@@ -1,7 +1,7 @@
 """What the workers have loaded, known to the API process, so that every bad request is refused there."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from steersman.guidance import request as limits
@@ -47,6 +47,22 @@ class Registry:
     def models(self) -> dict[str, LoadedModel]:
         """Every auxiliary model by name."""
         return {**self.reward_models, **self.policies}
+
+    def with_model(self, model: LoadedModel) -> "Registry":
+        """This registry and one model more."""
+        if model.kind == "policy":
+            return replace(self, policies={**self.policies, model.name: model})
+        return replace(self, reward_models={**self.reward_models, model.name: model})
+
+    def without_model(self, name: str) -> "Registry":
+        """This registry and one model less."""
+        rest = [{n: m for n, m in known.items() if n != name} for known in (self.reward_models, self.policies)]
+        return replace(self, reward_models=rest[0], policies=rest[1])
+
+    def presets_of(self, name: str) -> list[str]:
+        """Presets that ask the model."""
+        named = {preset: (*reward_models(g), *policies(g)) for preset, g in self.presets.items()}
+        return [preset for preset, asked in named.items() if name in {model for _, model in asked}]
 
     def check(self, guidance: Guidance) -> None:
         """Raises GuidanceError when a request names a model that is not loaded."""
@@ -149,10 +165,12 @@ def name_model(model: LoadedModel) -> str:
 
 def build_registry(described: Mapping[str, Any], presets: Mapping[str, Guidance]) -> Registry:
     """A registry from what a worker's runtime says of its models."""
-    fields = LoadedModel.__dataclass_fields__
-
-    def load(descriptions: Sequence[Mapping[str, Any]]) -> dict[str, LoadedModel]:
-        return {d["name"]: LoadedModel(**{k: v for k, v in d.items() if k in fields}) for d in descriptions}
-
-    rewards, policies = load(described["reward_models"]), load(described["policies"])
+    loaded = [map(read_description, described[kind]) for kind in ("reward_models", "policies")]
+    rewards, policies = ({model.name: model for model in models} for models in loaded)
     return Registry(rewards, policies, dict(presets), described["sharded"])
+
+
+def read_description(described: Mapping[str, Any]) -> LoadedModel:
+    """What a worker says of one model."""
+    fields = LoadedModel.__dataclass_fields__
+    return LoadedModel(**{name: value for name, value in described.items() if name in fields})

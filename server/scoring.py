@@ -38,6 +38,11 @@ async def score_responses(engine: GuidedEngine, request: RewardsRequest) -> dict
         known = ", ".join(sorted(engine.registry.reward_models)) or "none"
         raise ModelNotLoaded("model", f"no reward model {request.model!r:.80} is loaded; loaded are: {known}")
     engine.limits.caps.check_responses(len(request.responses))
+    with engine.users.using([model]):
+        return await _score_responses(engine, model, request)
+
+
+async def _score_responses(engine: GuidedEngine, model: LoadedModel, request: RewardsRequest) -> dict[str, Any]:
     tokenizer = engine.renderer.tokenizer
     prompt = _prompt_tokens(tokenizer, request)
     data = []

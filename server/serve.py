@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -85,6 +86,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="GIB",
         help="Memory for the key-value caches of all reward models and policies together. Default: 1.",
     )
+    group.add_argument(
+        "--admin-model-root",
+        metavar="DIR",
+        help="Folder whose checkpoints may be loaded while the server runs (POST /v1/admin/models/load).",
+    )
     add_limit_flags(parser)
     parser.set_defaults(host="127.0.0.1", load_format=_SAFETENSORS)
     args = parser.parse_args(list(argv))
@@ -118,6 +124,10 @@ def check_before_start(args: argparse.Namespace, limits: Limits) -> dict[str, Gu
         raise ModelRefused(f"--policy {BASE}: this is the base model's own name among policies; choose another one")
     if both := sorted(set(rewards) & set(policies)):
         raise ModelRefused(f"--policy {both[0]}: a reward model has this name already; names must differ")
+    if args.admin_model_root is not None and not Path(args.admin_model_root).is_dir():
+        raise ModelRefused(f"--admin-model-root {args.admin_model_root}: this is not a folder")
+    if args.admin_model_root is not None and not limits.admin_keys:
+        raise ModelRefused("--admin-model-root: models are loaded by routes that need --admin-api-key KEY")
     presets = load_presets(args.guidance_presets, rewards, policies)
     for name, preset in presets.items():
         try:
@@ -157,8 +167,10 @@ def describe_memory(model: Mapping[str, Any]) -> str:
 async def serve(args: argparse.Namespace, presets: dict[str, Guidance], limits: Limits) -> None:
     """Starts the engine, replaces the routes, and serves until shutdown."""
     from steersman.server import vllm
+    from steersman.server.admin import attach_admin_routes
     from steersman.server.app import attach_routes, tidy_routes
     from steersman.server.engine import GuidedEngine
+    from steersman.server.lifecycle import build_lifecycle
     from steersman.server.limits.attach import attach_limits
     from steersman.server.registry import build_registry
 
@@ -177,6 +189,8 @@ async def serve(args: argparse.Namespace, presets: dict[str, Guidance], limits: 
             app = vllm.build_app(args, tasks, engine.model_config)
             attach_routes(app)
             guided = GuidedEngine(engine, registry, limits)
+            if limits.admin_keys:
+                attach_admin_routes(app, build_lifecycle(guided, args))
             await vllm.init_app_state(guided, app.state, args, tasks)
             vllm.list_presets(app.state, presets)
             tidy_routes(app)

@@ -15,7 +15,7 @@ from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import (
     cli_env_setup,
     load_aware_call,
@@ -41,6 +41,7 @@ __all__ = [
     "CompletionResponse",
     "EngineClient",
     "EngineDeadError",
+    "ErrorInfo",
     "ErrorResponse",
     "FlexibleArgumentParser",
     "GenerationError",

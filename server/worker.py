@@ -1,10 +1,13 @@
 """The worker's side door: what the API process asks of the runtime between two steps."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
+from steersman.guidance.checkpoints import ModelRefused
+from steersman.server.background import BackgroundTask, ModelLoad, free_apart
 from steersman.server.loading import WorkerRuntime
 from steersman.server.partial_prefill import keep_seeded_requests_alive, partial_rows
+from steersman.server.reading import Wanted
 from steersman.server.reports import Finished
 
 
@@ -12,6 +15,8 @@ class GuidanceWorkerExtension:
     """Mixed into vLLM's worker class; every method name carries a prefix because it shares the worker's namespace."""
 
     model_runner: Any
+    _steersman_load: ModelLoad | None = None
+    _steersman_freeing: BackgroundTask | None = None
 
     def steersman_prepare(self) -> None:
         """Called once before the first request: ties the adapter to the V1 model runner around it."""
@@ -67,6 +72,52 @@ class GuidanceWorkerExtension:
             return str(error)
         finally:
             runtime.show_metrics()
+
+    def steersman_begin_load(self, kind: str, name: str, path: str, cache_bytes: int | None) -> None:
+        """Begins to load a model beside the steps; see `steersman_advance_load`."""
+        runtime, config = self._steersman_runtime(), self.model_runner.model_config
+        if runtime is None:
+            return
+        destination = runtime.destination
+        if cache_bytes is not None:
+            destination = replace(destination, cache_bytes=cache_bytes)
+        dtype = str(destination.dtype).removeprefix("torch.")
+        wanted = Wanted(kind, name, path, config.model, config.tokenizer, dtype, config.trust_remote_code)
+        self._steersman_load = ModelLoad(wanted, destination)
+
+    def steersman_advance_load(self) -> bool | str | None:
+        """Whether the model is loaded, or why it cannot be; asked again and again until it is."""
+        if self._steersman_load is None:
+            return None
+        try:
+            return self._steersman_load.advance()
+        except (ModelRefused, RuntimeError) as error:
+            return str(error)
+
+    def steersman_end_load(self, keep: bool) -> dict[str, Any] | None:
+        """Puts the loaded model where requests find it and describes it; without `keep` it is forgotten."""
+        load, self._steersman_load = self._steersman_load, None
+        runtime = self._steersman_runtime()
+        if runtime is None or load is None or load.model is None:
+            return None
+        if keep:
+            runtime.add(load.model)
+            runtime.show_metrics()
+            return load.model.describe()
+        held, load.model = [load.model], None
+        self._steersman_freeing = free_apart(held)
+        return None
+
+    def steersman_unload(self, name: str) -> None:
+        """Takes out a model that no request uses any more; `steersman_is_free` says when its memory has gone."""
+        runtime = self._steersman_runtime()
+        if runtime is not None:
+            self._steersman_freeing = free_apart([runtime.remove(name)])
+            runtime.show_metrics()
+
+    def steersman_is_free(self) -> bool:
+        """Whether the memory of models that were taken out is given back."""
+        return self._steersman_freeing is None or not self._steersman_freeing.running
 
     def _steersman_runtime(self) -> WorkerRuntime | None:
         processor = self._steersman_processor()

@@ -34,6 +34,8 @@ POLICIES = ("expert", "other", "slim", "adapter", "ill")
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """vLLM's executor for one GPU: on the CPU its own choice is another process, which spins while it waits."""
 
+ADMIN_KEY = "harbour-master"
+
 PRESETS = """
 steered: {method: pargs, reward_model: first, beta: 1.5}
 blended: {method: mixed, policy: expert, mix: 0.7}
@@ -123,6 +125,7 @@ def serve_flags(models: Path) -> list[str]:
         *("--max-model-len", "256", "--max-num-seqs", "32", "--max-num-batched-tokens", "64"),
         *("--block-size", "32", "--num-gpu-blocks-override", "20", "--guidance-cache", "0.1"),
         *("--guidance-presets", str(presets)),
+        *("--admin-api-key", ADMIN_KEY, "--admin-model-root", str(models)),
         *rewards,
         *policies,
     ]

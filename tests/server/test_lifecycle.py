@@ -1,0 +1,138 @@
+"""What only shows with several workers: one that refuses undoes the others, and an engine that fails leaves no name."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from steersman.server.engine import GuidedEngine
+from steersman.server.lifecycle import MAX_MODELS, ChangeRefused, ModelLifecycle
+from steersman.server.registry import Registry
+
+DESCRIBED = {"name": "later", "kind": "causal", "window": 512, "cache_blocks": 40, "block_size": 16, "cache_bytes": 1}
+
+
+class Workers:
+    """An engine's workers, as they answer one call after the other."""
+
+    def __init__(self, advance: Iterator[list[Any]], engines: int = 1) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=engines))
+        self._advance = advance
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        """Every worker's reply; the last one does not sample."""
+        self.calls.append((method, *args))
+        if method == "steersman_advance_load":
+            return [*next(self._advance), None]
+        if method == "steersman_end_load":
+            return [DESCRIBED, DESCRIBED, None] if args[0] else [None, None, None]
+        return [True, True, True] if method == "steersman_is_free" else [None, None, None]
+
+
+@pytest.fixture
+def begin(models: Path) -> Callable[..., tuple[ModelLifecycle, GuidedEngine, Workers]]:
+    def build(*replies: list[Any], engines: int = 1) -> tuple[ModelLifecycle, GuidedEngine, Workers]:
+        workers = Workers(iter(replies), engines)
+        engine = GuidedEngine(workers, Registry({}))  # type: ignore[arg-type]
+        return ModelLifecycle(engine, {}, {}, models), engine, workers
+
+    return build
+
+
+Begin = Callable[..., tuple[ModelLifecycle, GuidedEngine, Workers]]
+
+
+def test_a_model_is_there_once_every_worker_has_it(begin: Begin) -> None:
+    lifecycle, engine, workers = begin([False, False], [True, False], [True, True])
+
+    async def run() -> None:
+        task = lifecycle.begin_load("reward_model", "later", "first", 0.5)
+        assert not engine.registry.models
+        assert (await task).state == "ready"
+        assert engine.registry.models["later"].window == 512
+        assert engine.budget.free == {"later": 40}
+        await lifecycle.begin_unload("later")
+
+    asyncio.run(run())
+    assert workers.calls[0][:3] == ("steersman_begin_load", "reward_model", "later")
+    assert workers.calls[0][4] == 2**29
+    assert ("steersman_end_load", True) in workers.calls
+    assert (engine.registry.models, engine.budget.free) == ({}, {})
+    assert lifecycle.describe()["data"] == []
+
+
+def test_unloading_waits_for_those_who_use_the_model(begin: Begin) -> None:
+    lifecycle, engine, workers = begin([True, True])
+
+    async def run() -> None:
+        await _load(lifecycle)
+        with engine.users.using([engine.registry.models["later"]]):
+            unloading = lifecycle.begin_unload("later")
+            await asyncio.sleep(0)
+            assert not engine.registry.models
+            assert engine.budget.free == {"later": 40}
+            shown = lifecycle.describe()["data"][0]
+            assert (shown["state"], shown["requests"]) == ("unloading", 1)
+            with pytest.raises(ChangeRefused, match="'later' is unloading") as refused:
+                lifecycle.begin_unload("later")
+            assert refused.value.status == 409
+            assert ("steersman_unload", "later") not in workers.calls
+        await unloading
+        assert ("steersman_unload", "later") in workers.calls
+        assert engine.budget.free == {}
+
+    asyncio.run(run())
+
+
+def test_where_one_worker_refuses_all_forget(begin: Begin) -> None:
+    lifecycle, engine, workers = begin([False, "no room"], [True, "no room"])
+    entry = asyncio.run(_load(lifecycle))
+    assert (entry.state, entry.error) == ("failed", "no room")
+    assert ("steersman_end_load", False) in workers.calls
+    assert not engine.registry.models
+    assert [model["state"] for model in lifecycle.describe()["data"]] == ["failed"]
+
+
+def test_a_name_is_free_again_after_a_failure(begin: Begin) -> None:
+    lifecycle, _, _ = begin(["no room", "no room"], [True, True])
+
+    async def run() -> None:
+        await _load(lifecycle)
+        assert (await _load(lifecycle)).state == "ready"
+
+    asyncio.run(run())
+    assert [model["state"] for model in lifecycle.describe()["data"]] == ["ready"]
+
+
+def test_an_engine_that_fails_leaves_no_name_behind(begin: Begin) -> None:
+    lifecycle, engine, _ = begin()
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        asyncio.run(_load(lifecycle))
+    assert not engine.registry.models
+    assert [model["state"] for model in lifecycle.describe()["data"]] == ["failed"]
+
+
+def test_there_is_a_most_of_models(begin: Begin) -> None:
+    lifecycle, _, _ = begin(*([[True, True]] * MAX_MODELS))
+
+    async def run() -> None:
+        for number in range(MAX_MODELS):
+            await _load(lifecycle, f"later-{number}")
+        with pytest.raises(ChangeRefused, match="unload one first"):
+            lifecycle.begin_load("policy", "one-more", "expert", None)
+
+    asyncio.run(run())
+
+
+def test_several_engines_are_refused(begin: Begin) -> None:
+    lifecycle, _, _ = begin(engines=2)
+    with pytest.raises(ChangeRefused, match="--data-parallel-size"):
+        lifecycle.begin_load("reward_model", "later", "first", None)
+
+
+async def _load(lifecycle: ModelLifecycle, name: str = "later") -> Any:
+    return await lifecycle.begin_load("reward_model", name, "first", None)
