@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Carries out the Dockerfile's steps for the CPU image in clean roots, without a container engine, and starts the result.
+"""Carries out the Dockerfile's steps for the CPU image in clean roots, without a container engine, and starts it.
 
     debootstrap --variant=minbase --include=ca-certificates bookworm ROOT
     sudo scripts/check_image.py ROOT WORK
 
-ROOT stands for the base image and is copied, never changed; WORK is an empty folder for the stages. Settings of pip and
-uv in the environment (PIP_…, UV_…, SSL_CERT_FILE) reach the steps, and `--bind FOLDER` shows them a folder. The server is
-started on `--port` of the loopback address.
+ROOT stands for the base image and is copied, never changed; WORK is an empty folder for the stages. Settings of pip
+and uv in the environment (PIP_…, UV_…, SSL_CERT_FILE) reach the steps, and `--bind FOLDER` shows them a folder. The
+server runs on `--port` of the loopback address, as the image's user, with a read-only root.
 
-What it does not show: layers, caches, image size, and anything of the CUDA image.
+What this does not show: layers, caches, the image's size, and anything of the CUDA image.
 """
 
 import argparse
@@ -42,7 +42,7 @@ class Stage:
     settings: dict[str, list[str]] = field(default_factory=dict)
 
     def run(self, command: list[str], binds: list[str], user: int = 0) -> subprocess.Popen[bytes]:
-        """Starts a command inside, with /proc, /sys, /dev and the given folders. A user other than root finds everything
+        """Starts a command inside, with /proc, /sys, /dev and the given folders. A user other than root finds all
         read-only but the working directory and /tmp, as compose.yaml and the manifests have it."""
         root = self.root
         mounts = [f"mount --bind {root} {root}", f"mount -t proc proc {root}/proc"]
@@ -67,7 +67,8 @@ def instructions(dockerfile: str) -> list[tuple[str, str]]:
     """Name and argument of each instruction, continued lines joined, comments left out."""
     lines = [line for line in dockerfile.splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
-    return [(name, rest.strip()) for line in joined.splitlines() if line.strip() for name, rest in [line.split(None, 1)]]
+    found = (line.split(None, 1) for line in joined.splitlines() if line.strip())
+    return [(name, rest.strip()) for name, rest in found]
 
 
 def allowed_in_context(path: str) -> bool:

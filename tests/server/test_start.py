@@ -51,6 +51,7 @@ BEFORE_START = {
     "negative cache": Refused(("{}/base", "--guidance-cache", "-1"), ("--guidance-cache -1", "positive")),
 }
 BEFORE_START |= {
+    "engines behind one process": Refused(("{}/base", "--data-parallel-size", "2"), ("--data-parallel-size", "router")),
     "missing policy": _policy("expert={}/absent", words=("policy 'expert'", "absent", "does not exist")),
     "a reward model as policy": _policy("expert={}/first", words=("policy 'expert'", "ForCausalLM")),
     "a policy of another vocabulary": _policy("expert={}/stranger", words=("'expert'", "another vocabulary", "family")),
