@@ -65,10 +65,15 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --system --uid 10001 --home-dir /var/lib/steersman --create-home steersman
-# What the image has stays as it is, unless it lies outside pyproject.toml's ranges.
-RUN --mount=type=bind,from=wheel,source=/dist,target=/dist --mount=type=cache,target=/root/.cache \
-    for wheel in /dist/*.whl; do uv pip install --system "${wheel}[cuda]"; done \
-    && steersman --version
+# Nothing that the image has is touched: what it lacks comes without dependencies, then pyproject.toml's ranges are checked.
+RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
+    --mount=type=bind,source=requirements/cpu.lock,target=/tmp/cpu.lock \
+    --mount=type=cache,target=/root/.cache \
+    uv pip install --system --no-deps /dist/*.whl "$(grep '^peft==' /tmp/cpu.lock)" \
+    && python3 -c "import sys; from importlib.metadata import requires, version; \
+from packaging.requirements import Requirement; \
+needed = [r for r in map(Requirement, requires('steersman')) if not r.marker or r.marker.evaluate({'extra': 'cuda'})]; \
+sys.exit(', '.join(f'{r}: {version(r.name)}' for r in needed if version(r.name) not in r.specifier) or 0)"
 ENV HOME=/var/lib/steersman PYTHONUNBUFFERED=1 VLLM_NO_USAGE_STATS=1 HF_HUB_DISABLE_TELEMETRY=1
 USER 10001
 WORKDIR /var/lib/steersman
