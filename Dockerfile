@@ -64,7 +64,7 @@ LABEL org.opencontainers.image.title="steersman" \
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --system --uid 10001 --home-dir /var/lib/steersman --create-home steersman
+    && useradd --no-log-init --uid 10001 --home-dir /var/lib/steersman --create-home steersman
 # Nothing that the image has is touched: what it lacks comes without dependencies, then pyproject.toml's ranges are checked.
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
     --mount=type=bind,source=requirements/cpu.lock,target=/tmp/cpu.lock \
@@ -97,7 +97,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends libnuma1 tini \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=environment /opt/steersman /opt/steersman
-RUN useradd --system --uid 10001 --home-dir /var/lib/steersman --create-home steersman \
+RUN useradd --no-log-init --uid 10001 --home-dir /var/lib/steersman --create-home steersman \
     && ln -s /opt/steersman/lib/python3.11/site-packages/steersman/training/world /demo
 ENV PATH=/opt/steersman/bin:$PATH \
     HOME=/var/lib/steersman PYTHONUNBUFFERED=1 VLLM_NO_USAGE_STATS=1 HF_HUB_DISABLE_TELEMETRY=1 \

@@ -219,7 +219,7 @@ def test_compose_and_grafana_are_given_what_they_name() -> None:
     assert source["jsonData"]["timeInterval"] == "10s"
 
 
-def test_manifests_name_files_and_volumes_that_exist() -> None:
+def test_manifests_name_files_volumes_and_guidance_that_exist() -> None:
     for folder in FOLDERS:
         kustomization = _load(KUBERNETES / folder / "kustomization.yaml")
         named = [
@@ -232,9 +232,6 @@ def test_manifests_name_files_and_volumes_that_exist() -> None:
     pod = _load(KUBERNETES / "base" / "deployment.yaml")["spec"]["template"]["spec"]
     volumes = {volume["name"] for volume in pod["volumes"]}
     assert {mount["name"] for mount in _container("base")["volumeMounts"]} == volumes
-
-
-def test_the_manifests_presets_are_guidance() -> None:
     assert load_presets(str(KUBERNETES / "base" / "presets.yaml"), ["helpful"], [])
 
 
