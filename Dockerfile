@@ -47,7 +47,8 @@ RUN --mount=type=cache,target=/root/.cache \
     uv venv --python /usr/bin/python3 "$VIRTUAL_ENV" \
     && uv pip install --no-deps --compile-bytecode "$TORCH_SOURCE" "torch==$TORCH_VERSION"
 RUN --mount=type=cache,target=/root/.cache \
-    grep -vE '^(mypy|pre-commit|pytest|pytest-timeout|pytest-xdist|ruff|types-pyyaml|uv)==' requirements/cpu.lock > serve.lock \
+    grep -vE '^(grafana-foundation-sdk|mypy|pre-commit|pytest|pytest-timeout|pytest-xdist|ruff|types-pyyaml|uv)==' \
+        requirements/cpu.lock > serve.lock \
     && uv pip install --no-deps --only-binary :all: --compile-bytecode --requirement serve.lock
 COPY --from=wheel /dist /dist
 RUN uv pip install --no-deps --no-index --compile-bytecode /dist/*.whl
