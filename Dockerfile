@@ -37,7 +37,7 @@ RUN --mount=type=cache,target=/root/.cache \
     uv build --wheel --build-constraint requirements/cpu.lock --out-dir /dist
 
 
-# What `make setup` installs, without the tools that only development needs. Nothing is compiled.
+# What serving needs, as the lock has it, and nothing else of it. The packages that are left out are those of the lock's head.
 FROM uv AS environment
 ARG TORCH_VERSION=2.13.0
 # A CPU build of torch lies in an index of its own; behind a mirror give other flags of `uv pip install`.
@@ -46,10 +46,14 @@ ENV VIRTUAL_ENV=/opt/steersman
 RUN --mount=type=cache,target=/root/.cache \
     uv venv --python /usr/bin/python3 "$VIRTUAL_ENV" \
     && uv pip install --no-deps --compile-bytecode "$TORCH_SOURCE" "torch==$TORCH_VERSION"
+COPY pyproject.toml ./
 RUN --mount=type=cache,target=/root/.cache \
-    grep -vE '^(grafana-foundation-sdk|mypy|pre-commit|pytest|pytest-timeout|pytest-xdist|ruff|types-pyyaml|uv)==' \
-        requirements/cpu.lock > serve.lock \
-    && uv pip install --no-deps --only-binary :all: --compile-bytecode --requirement serve.lock
+    printf '%s\n' torchaudio torchcodec torchvision > unused.txt \
+    && uv pip install --requirement pyproject.toml --extra cpu --constraint requirements/cpu.lock --excludes unused.txt \
+        --only-binary :all: --compile-bytecode \
+    && uv pip freeze > installed.txt \
+    && ! grep --invert-match --line-regexp --fixed-strings --file=requirements/cpu.lock \
+        --regexp="torch==$TORCH_VERSION+cpu" installed.txt
 COPY --from=wheel /dist /dist
 RUN uv pip install --no-deps --no-index --compile-bytecode /dist/*.whl
 
