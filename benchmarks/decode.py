@@ -207,7 +207,7 @@ def _used_memory() -> float:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return (total - free) / 2**20
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     process = psutil.Process()
     return float(sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])) / 2**20

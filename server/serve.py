@@ -114,6 +114,12 @@ def check_before_start(args: argparse.Namespace, limits: Limits) -> dict[str, Gu
         raise ModelRefused(f"--guidance-cache {args.guidance_cache}: give a positive number of GiB")
     if (args.api_server_count or 1) > 1:
         raise ModelRefused("--api-server-count: guidance is admitted by one API process; leave it at 1")
+    if args.data_parallel_size > 1 and not (args.data_parallel_external_lb or args.data_parallel_rank is not None):
+        # vLLM's client passes calls on to every engine, and back only what the first one replies.
+        raise ModelRefused(
+            "--data-parallel-size: the reports of all engines but the first would be lost; start a server for each and "
+            "put a router in front (docs/operations.md)"
+        )
     if args.speculative_config is not None:
         raise ModelRefused("--speculative-config: guidance does not work with speculative decoding; leave it out")
     rewards, policies = (

@@ -63,6 +63,7 @@ BEFORE_START |= {
         ("{}/base", *("--reward-model", "first={}/first", "--guidance-presets", "{}/wide.yaml", "--max-top-k", "20")),
         ("wide", "guidance.top_k", "at most 20"),
     ),
+    "engines behind one process": Refused(("{}/base", "--data-parallel-size", "2"), ("--data-parallel-size", "router")),
     "missing policy": _policy("expert={}/absent", words=("policy 'expert'", "absent", "does not exist")),
     "a reward model as policy": _policy("expert={}/first", words=("policy 'expert'", "ForCausalLM")),
     "a policy of another vocabulary": _policy("expert={}/stranger", words=("'expert'", "another vocabulary", "family")),
