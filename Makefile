@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench evaluate evidence world clean
+.PHONY: help setup demo test lint format bench soak evaluate evidence world clean
 
 # Tiny models: a second thread per process only gets in the way of the others.
 export OMP_NUM_THREADS ?= 1
@@ -42,6 +42,9 @@ format: setup ## put the code into its standard form
 
 bench: setup ## measure guided against plain decoding and against the naive reference
 	$(RUN) steersman.cli bench
+
+soak: setup ## half an hour of mixed traffic: memory, latency and caches must stay flat
+	$(RUN) steersman.benchmarks.soak
 
 evaluate: setup ## measure the quality of guided answers through the server
 	$(RUN) steersman.cli evaluate

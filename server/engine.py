@@ -48,6 +48,8 @@ class GuidedEngine:
     def __init__(self, engine: EngineClient, registry: Registry, limits: Limits) -> None:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
+        self.stopping = False
+        """Whether the server was told to stop, so that an engine that is gone is no failure."""
         self.registry = registry
         begin_counting(registry.reward_models, registry.policies)
         self.limits = limits
@@ -100,6 +102,7 @@ class GuidedEngine:
     def shutdown(self, timeout: float | None = None) -> None:
         """Called from another thread when the server is told to stop. The engine must outlive the last request, whose
         report is asked of it: once it is told to stop itself it answers no such question."""
+        self.stopping = True
         asyncio.run_coroutine_threadsafe(self.drain(timeout or 0), self._loop).result()
         self._engine.shutdown(timeout=0)
 

@@ -203,6 +203,8 @@ async def serve(args: argparse.Namespace, presets: dict[str, Guidance], limits: 
             guided.drain = attach_limits(app, limits).drain
             leave_out((args.disable_access_log_for_endpoints or "").split(","))
             shutdown = await vllm.serve_app(app, sock, args)
+            if engine.errored and not guided.stopping:
+                raise RuntimeError("the engine has died; its last words are above")
         await shutdown
     finally:
         sock.close()
