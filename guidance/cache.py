@@ -139,11 +139,13 @@ class PagedCache:
         sequence.length = 0
 
     def scrub(self, sequence: CachedSequence) -> None:
-        """Zeroes and forgets those of the sequence's blocks that hold a number that is not finite."""
-        for index in sequence.blocks:
+        """Zeroes and forgets those of the sequence's blocks that hold a number that is not finite, and scratch: a step
+        with fewer candidates leaves what it does not overwrite, and 0 times NaN is NaN behind any mask."""
+        for index in (*sequence.blocks, *self.scratch):
             layers = [layer[:, index] for layer in (*self.keys, *self.values)]
             if not all(bool(layer.isfinite().all()) for layer in layers):
-                self._forget(self._blocks[index])
+                if index not in self.scratch:
+                    self._forget(self._blocks[index])
                 for layer in layers:
                     layer.zero_()
 

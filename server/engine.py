@@ -42,12 +42,8 @@ class _Ticket:
 class GuidedEngine:
     """Wraps vLLM's engine client; everything but `generate` is vLLM's own."""
 
-    drain: Callable[[float], Coroutine[Any, Any, None]]
-    """Waits until no request is in flight, at most so many seconds; put there by the server."""
-
     def __init__(self, engine: EngineClient, registry: Registry, limits: Limits) -> None:
         self._engine = engine
-        self._loop = asyncio.get_running_loop()
         self.stopping = False
         """Whether the server was told to stop, so that an engine that is gone is no failure."""
         self.registry = registry
@@ -99,11 +95,18 @@ class GuidedEngine:
         await self.users.close(name)
         self.budget.remove(name)
 
+    def drain_by(self, drain: Callable[[float], Coroutine[Any, Any, None]]) -> None:
+        """drain: waits until no request is in flight, at most so many seconds, in the event loop of this call."""
+        self._drain, self._loop = drain, asyncio.get_running_loop()
+
     def shutdown(self, timeout: float | None = None) -> None:
         """Called from another thread when the server is told to stop. The engine must outlive the last request, whose
         report is asked of it: once it is told to stop itself it answers no such question."""
         self.stopping = True
-        asyncio.run_coroutine_threadsafe(self.drain(timeout or 0), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._drain(timeout or 0), self._loop).result()
+        if self._engine.output_handler is not None:
+            # It would take the end of the engine's process for a failure, and say so.
+            self._loop.call_soon_threadsafe(self._engine.output_handler.cancel)
         self._engine.shutdown(timeout=0)
 
     async def describe(self) -> dict[str, Any]:

@@ -200,7 +200,7 @@ async def serve(args: argparse.Namespace, presets: dict[str, Guidance], limits: 
             await vllm.init_app_state(guided, app.state, args, tasks)
             vllm.list_presets(app.state, presets)
             tidy_routes(app)
-            guided.drain = attach_limits(app, limits).drain
+            guided.drain_by(attach_limits(app, limits).drain)
             leave_out((args.disable_access_log_for_endpoints or "").split(","))
             shutdown = await vllm.serve_app(app, sock, args)
             if engine.errored and not guided.stopping:

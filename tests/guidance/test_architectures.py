@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoModelForSequenceClassification
 
 from steersman.guidance.auxiliary import Prefix
+from steersman.guidance.cached import make_ready
 from steersman.guidance.checkpoints import ModelRefused
 from steersman.guidance.rewards import CausalReward
 from tests.support.tiny import COMMON, VOCABULARY, randomise
@@ -95,7 +96,7 @@ def test_a_model_whose_cached_rewards_are_off_is_refused(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(attention, "attend_paged", careless)
     with pytest.raises(ModelRefused, match="differ from plain forwards"):
-        CausalReward(_build("Llama", 0), "off", cache_bytes=2**22)
+        make_ready(CausalReward(_build("Llama", 0), "off", cache_bytes=2**22))
 
 
 def _build(name: str, seed: int) -> Any:

@@ -112,6 +112,7 @@ def test_scrubbing_leaves_no_number_behind_that_is_not_finite() -> None:
     sequence = cache.admit(tokens)
     _fill(cache, sequence, tokens)
     cache.values[1][:, sequence.blocks[1], 1] = torch.nan
+    cache.keys[0][:, cache.scratch[1], 2] = torch.inf
     cache.register(sequence, tokens)
     cache.scrub(sequence)
     cache.release(sequence)

@@ -49,6 +49,14 @@ def test_one_poisoned_prompt_of_several_fails_its_own_request(server: Server, rn
     assert_no_block_stays_in_use(server)
 
 
+def test_what_more_candidates_left_behind_does_not_reach_fewer(server: Server, rng: random.Random) -> None:
+    body = {"model": "base", "prompt": _poisoned(rng), "max_tokens": 5, "guidance": {**BROKEN, "top_k": 12}}
+    assert server.post("/v1/completions", body).status_code == 500
+    clean = _clean(rng, {**BROKEN, "top_k": 2})
+    answer = server.complete(clean.prompt, clean.guidance, max_tokens=5, logit_bias=UNPOISONED)
+    assert answer["choices"][0]["guidance"]["tokens"] >= 1
+
+
 def test_neighbours_of_poisoned_requests_get_what_they_get_alone(server: Server, rng: random.Random) -> None:
     neighbours = [_clean(rng, NEIGHBOURS[number % len(NEIGHBOURS)]) for number in range(8)]
     poisoned = [Asked(_poisoned(rng), guidance, 30, {}) for guidance in (BROKEN, NEIGHBOURS[3]) * 3]

@@ -21,7 +21,7 @@ HEALTH_LIMIT_S = 5.0
 @pytest.fixture
 def doomed(models: Path, tmp_path: Path) -> Iterator[Server]:
     flags = (str(models / "base"), "--served-model-name", "base", "--dtype", "float32", "--enforce-eager")
-    sizes = ("--max-model-len", "2048", "--max-num-seqs", "8", "--distributed-executor-backend", ONE_PROCESS)
+    sizes = ("--max-model-len", "512", "--max-num-seqs", "8", "--distributed-executor-backend", ONE_PROCESS)
     with Server(tmp_path / "log", *flags, *sizes, "--reward-model", f"first={models / 'first'}") as server:
         yield server
 
@@ -39,7 +39,7 @@ async def _kill_under_load(server: Server) -> tuple[float, dict[str, str]]:
     """Seconds until health fails, and the last event of each stream, or the exception's name that cut it."""
     (engine,) = [p for p in psutil.Process(server.process.pid).children() if "EngineCore" in p.name()]
     bodies = {
-        name: {"model": "base", "prompt": name, "max_tokens": 1500, "ignore_eos": True, "stream": True, **extra}
+        name: {"model": "base", "prompt": name, "max_tokens": 480, "ignore_eos": True, "stream": True, **extra}
         for name, extra in {
             "plain": {},
             "guided": {"guidance": GUIDED},

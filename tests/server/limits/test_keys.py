@@ -23,7 +23,8 @@ OTHERS = ("/", "/metrics", "/docs", "/redoc", "/ping", "/version", "/nothing", "
 @pytest.mark.parametrize("headers", WRONG.values(), ids=list(WRONG))
 def test_a_wrong_key_is_401_everywhere_but_on_health(limited: Server, headers: dict[str, str | bytes]) -> None:
     known = httpx.get(f"{limited.url}/openapi.json", headers=limited.headers, timeout=60).json()["paths"]
-    operations = [(method, path) for path, methods in known.items() for method in methods if path != "/health"]
+    closed = [path for path in known if path != "/health" and not path.startswith("/v1/admin/")]
+    operations = [(method, path) for path in closed for method in known[path]]
     with httpx.Client(base_url=limited.url, headers=headers, timeout=60) as client:
         for method, path in [*operations, *(("get", path) for path in OTHERS), ("options", "/v1/models")]:
             response = client.request(method.upper(), path)
