@@ -17,8 +17,10 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3-venv \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
+# pip and uv keep their caches there; the mounts leave them out of the layers.
+ENV XDG_CACHE_HOME=/var/cache/build
 COPY requirements/cpu.lock requirements/
-RUN --mount=type=cache,target=/root/.cache \
+RUN --mount=type=cache,target=/var/cache/build \
     python3 -m venv /opt/uv \
     && /opt/uv/bin/pip install --no-deps "$(grep '^uv==' requirements/cpu.lock)"
 ENV PATH=/opt/uv/bin:$PATH UV_LINK_MODE=copy UV_PYTHON_DOWNLOADS=never
@@ -33,7 +35,7 @@ COPY server server
 COPY training training
 COPY clients clients
 COPY benchmarks benchmarks
-RUN --mount=type=cache,target=/root/.cache \
+RUN --mount=type=cache,target=/var/cache/build \
     uv build --wheel --build-constraint requirements/cpu.lock --out-dir /dist
 
 
@@ -43,11 +45,11 @@ ARG TORCH_VERSION=2.13.0
 # A CPU build of torch lies in an index of its own; behind a mirror give other flags of `uv pip install`.
 ARG TORCH_SOURCE=--torch-backend=cpu
 ENV VIRTUAL_ENV=/opt/steersman
-RUN --mount=type=cache,target=/root/.cache \
+RUN --mount=type=cache,target=/var/cache/build \
     uv venv --python /usr/bin/python3 "$VIRTUAL_ENV" \
     && uv pip install --no-deps --compile-bytecode "$TORCH_SOURCE" "torch==$TORCH_VERSION"
 COPY pyproject.toml ./
-RUN --mount=type=cache,target=/root/.cache \
+RUN --mount=type=cache,target=/var/cache/build \
     printf '%s\n' torchaudio torchcodec torchvision > unused.txt \
     && uv pip install --requirement pyproject.toml --extra cpu --constraint requirements/cpu.lock --excludes unused.txt \
         --only-binary :all: --compile-bytecode \
@@ -73,8 +75,8 @@ RUN apt-get update \
 # Nothing that the image has is touched: what it lacks comes without dependencies, then pyproject.toml's ranges are checked.
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
     --mount=type=bind,source=requirements/cpu.lock,target=/tmp/cpu.lock \
-    --mount=type=cache,target=/root/.cache \
-    uv pip install --system --no-deps /dist/*.whl "$(grep '^peft==' /tmp/cpu.lock)" \
+    --mount=type=cache,target=/var/cache/build \
+    XDG_CACHE_HOME=/var/cache/build uv pip install --system --no-deps /dist/*.whl "$(grep '^peft==' /tmp/cpu.lock)" \
     && python3 -c "import sys; from importlib.metadata import requires, version; \
 from packaging.requirements import Requirement; \
 needed = [r for r in map(Requirement, requires('steersman')) if not r.marker or r.marker.evaluate({'extra': 'cuda'})]; \
