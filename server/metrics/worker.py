@@ -35,6 +35,7 @@ class WorkerMetrics:
     def __init__(self, runtime: GuidanceRuntime) -> None:
         self._runtime = runtime
         self._shown: dict[tuple[str, str], int] = {}
+        self._held: dict[str, tuple[int, int]] = {}
         self._known: set[str] = set()
         for stage in (*get_args(Stage), "total"):
             STEP.labels(stage)
@@ -64,9 +65,10 @@ class WorkerMetrics:
                     self._raise_to(metric, name, label, total)
         for name, model in models.items():
             cache = getattr(model, "cache", None)
-            if cache is not None:
-                BLOCKS.labels(name).set(cache.num_blocks)
-                BLOCKS_IN_USE.labels(name).set(cache.blocks_in_use)
+            if cache is not None and self._held.get(name) != (held := (cache.num_blocks, cache.blocks_in_use)):
+                BLOCKS.labels(name).set(held[0])
+                BLOCKS_IN_USE.labels(name).set(held[1])
+                self._held[name] = held
 
     def _follow(self, models: Mapping[str, Any]) -> None:
         """Series begin with their model; a model that is unloaded has no blocks any more."""
@@ -80,6 +82,7 @@ class WorkerMetrics:
         for name in self._known - models.keys():
             BLOCKS.labels(name).set(0)
             BLOCKS_IN_USE.labels(name).set(0)
+            self._held.pop(name, None)
         self._known = set(models)
 
     def _raise_to(self, metric: Counter, name: str, label: str, total: int) -> None:
