@@ -41,7 +41,8 @@ class Line:
     first_token: tuple[float, float]
     """Median and 99th percentile, here and below."""
     per_token: tuple[float, float]
-    gap: tuple[float, float]
+    gap: tuple[float, float] | None
+    """None where answers come whole."""
     whole: tuple[float, float]
     reward: Estimate | None
     kl: float | None
@@ -67,7 +68,7 @@ def summarise(measured: Measured, rewards: Mapping[str, Sequence[float]], object
                 goodput=sum(map(objective.met_by, own)) / measured.seconds,
                 first_token=_levels([sent.first_token for sent in good]),
                 per_token=_levels([sent.per_token for sent in good]),
-                gap=_levels([gap for sent in good for gap in sent.gaps]),
+                gap=_levels(gaps) if (gaps := [gap for sent in good for gap in sent.gaps]) else None,
                 whole=_levels([sent.whole for sent in good]),
                 reward=estimate(given) if given else None,
                 kl=0.0 if kind == PLAIN else measured.kl.get(kind),
@@ -78,19 +79,19 @@ def summarise(measured: Measured, rewards: Mapping[str, Sequence[float]], object
 
 def find(lines: Sequence[Line], mixed: str, objective: Objective) -> Finding:
     """Tables and pictures of all arms. mixed: the name of the arm with plain and guided requests."""
-    plain = {line.rate: line for line in lines if line.arm == PLAIN}
-    neighbours = [line for line in lines if line.arm == mixed and line.kind == PLAIN]
-    fastest = [
+    plain = {line.rate: line.gap[0] for line in lines if line.arm == PLAIN and line.gap}
+    neighbours = [
         f"At {_rate(line.rate)}, plain requests in mixed traffic wait {line.gap[0]:.1f} ms between tokens (median), "
-        f"in plain traffic {plain[line.rate].gap[0]:.1f} ms: {line.gap[0] / plain[line.rate].gap[0]:.2f} times."
-        for line in neighbours
+        f"in plain traffic {plain[line.rate]:.1f} ms: {line.gap[0] / plain[line.rate]:.2f} times."
+        for line in lines
+        if line.arm == mixed and line.kind == PLAIN and line.gap
     ]
     return Finding(
         "Load",
         (_table(lines, plain),),
-        tuple(fastest),
+        tuple(neighbours),
         "Open-loop Poisson arrivals by vllm.benchmarks.serve; “saturation”: as many requests as may be at once. Times "
-        f"in ms, median / 99th percentile. Goodput: requests a second with a first token within "
+        f"in ms, median / 99th percentile. Tokens are those of `usage`: best_of_n has all n answers in it. Goodput: requests a second with a first token within "
         f"{1e3 * objective.first_token:.0f} ms and {1e3 * objective.per_token:.0f} ms a token. Reward: the demo's "
         "judge, which steers nothing. Plain was measured before and after the other arms of its rate, in one run.",
         {"lines": [_dump(line) for line in lines]},
@@ -99,9 +100,9 @@ def find(lines: Sequence[Line], mixed: str, objective: Objective) -> Finding:
     )
 
 
-def _table(lines: Sequence[Line], plain: Mapping[float, Line]) -> dict[str, list[str]]:
-    def pair(levels: tuple[float, float]) -> str:
-        return f"{levels[0]:.1f} / {levels[1]:.0f}"
+def _table(lines: Sequence[Line], plain: Mapping[float, float]) -> dict[str, list[str]]:
+    def pair(levels: tuple[float, float] | None) -> str:
+        return f"{levels[0]:.1f} / {levels[1]:.0f}" if levels else ""
 
     return {
         "requests/s": [_rate(line.rate) for line in lines],
@@ -113,7 +114,7 @@ def _table(lines: Sequence[Line], plain: Mapping[float, Line]) -> dict[str, list
         "first token": [pair(line.first_token) for line in lines],
         "per token": [pair(line.per_token) for line in lines],
         "between tokens": [pair(line.gap) for line in lines],
-        "over plain": [f"{line.gap[0] / plain[line.rate].gap[0]:.2f}" for line in lines],
+        "over plain": [f"{line.gap[0] / plain[line.rate]:.2f}" if line.gap else "" for line in lines],
         "whole answer": [pair(line.whole) for line in lines],
         "reward": ["" if line.reward is None else f"{line.reward:.2f}" for line in lines],
         "KL": ["" if line.kl is None else f"{line.kl:.1f}" for line in lines],
@@ -125,15 +126,17 @@ def _draw(figure: Any, lines: Sequence[Line], mixed: str) -> None:
     finite = sorted({line.rate for line in lines if math.isfinite(line.rate)})
     arms = [arm for arm in dict.fromkeys(line.arm for line in lines) if arm != mixed]
     for arm, colour in zip(arms, _COLOURS, strict=False):
-        own = {line.rate: line for line in lines if line.arm == arm}
-        rates = [rate for rate in finite if rate in own]
-        left.plot(rates, [own[rate].gap[0] for rate in rates], "o-", color=colour, markersize=3, label=arm)
-        middle.plot(rates, [own[rate].whole[1] / 1e3 for rate in rates], "o-", color=colour, markersize=3)
-        worth = [line for line in own.values() if line.reward is not None and line.rate == finite[-1]]
-        for line in worth:
-            assert line.reward is not None
-            right.errorbar(line.gap[0], line.reward.mean, line.reward.standard_error, fmt="o", color=colour)
-            right.annotate(f" {arm}", (line.gap[0], line.reward.mean), fontsize=7)
+        own = sorted((line for line in lines if line.arm == arm and line.rate in finite), key=lambda line: line.rate)
+        gaps = [(line.rate, line.gap[0]) for line in own if line.gap]
+        left.plot(*zip(*gaps, strict=True) if gaps else ((), ()), "o-", color=colour, markersize=3, label=arm)
+        middle.plot(
+            [line.rate for line in own], [line.whole[1] / 1e3 for line in own], "o-", color=colour, markersize=3
+        )
+        busiest = own[-1]
+        if busiest.reward is not None:
+            place = (busiest.whole[0] / 1e3, busiest.reward.mean)
+            right.errorbar(*place, busiest.reward.standard_error, fmt="o", color=colour)
+            right.annotate(f" {arm}", place, fontsize=7)
     left.set(xlabel="requests a second", ylabel="ms between tokens, median", title="Fluency under load")
     left.set_ylim(bottom=0)
     left.legend(fontsize=7)
@@ -141,7 +144,11 @@ def _draw(figure: Any, lines: Sequence[Line], mixed: str) -> None:
         xlabel="requests a second", ylabel="s until the last token, 99th percentile", title="The slowest answers"
     )
     middle.set_ylim(bottom=0)
-    right.set(xlabel="ms between tokens", ylabel="judge's reward", title=f"Quality beside latency at {finite[-1]:g}/s")
+    right.set(
+        xlabel="s until the last token, median",
+        ylabel="judge's reward",
+        title=f"Quality beside latency at {finite[-1]:g}/s",
+    )
     right.margins(x=0.25)
 
 

@@ -3,8 +3,10 @@
 import math
 import random
 import statistics
+from dataclasses import replace
 
 import pytest
+from matplotlib.figure import Figure
 
 from steersman.benchmarks.load import METHODS, MIXED, arms
 from steersman.benchmarks.load_tables import Objective, find, summarise
@@ -35,6 +37,7 @@ def test_a_line_says_what_its_requests_saw(rng: random.Random) -> None:
     assert line.tokens_per_second == pytest.approx(sum(sent.tokens for sent in good) / 7.5)
     kept = [s for s in good if s.first_token <= 0.15 and (s.whole - s.first_token) / (s.tokens - 1) <= 0.02]
     assert line.goodput == pytest.approx(len(kept) / 7.5)
+    assert line.gap
     assert line.gap[0] == pytest.approx(1e3 * statistics.median(gap for sent in good for gap in sent.gaps))
     assert line.first_token[1] == pytest.approx(1e3 * max(sent.first_token for sent in good))
     assert line.reward is not None
@@ -54,6 +57,17 @@ def test_neighbours_are_compared_with_plain_traffic_of_the_same_rate(rng: random
     assert finding.sentences[1].endswith("3.00 times.")
     (table,) = finding.tables
     assert table["over plain"] == ["1.00", "1.50", "1.50", "1.00", "3.00", "3.00"]
+
+
+def test_answers_that_come_whole_have_no_gaps(rng: random.Random) -> None:
+    plain = Measured(PLAIN, 4.0, 1.0, [_sent(rng, PLAIN) for _ in range(9)])
+    whole = Measured("best_of_n", 4.0, 1.0, [replace(_sent(rng, "best_of_n"), gaps=()) for _ in range(9)])
+    lines = [line for measured in (plain, whole) for line in summarise(measured, {}, Objective(1.0, 1.0))]
+    finding = find(lines, MIXED, Objective(1.0, 1.0))
+    (table,) = finding.tables
+    assert table["over plain"] == ["1.00", ""]
+    assert [bool(gap) for gap in table["between tokens"]] == [True, False]
+    finding.draw(Figure())
 
 
 def test_an_arm_whose_requests_all_fail_is_no_result() -> None:
