@@ -91,9 +91,10 @@ def find(lines: Sequence[Line], mixed: str, objective: Objective) -> Finding:
         (_table(lines, plain),),
         tuple(neighbours),
         "Open-loop Poisson arrivals by vllm.benchmarks.serve; “saturation”: as many requests as may be at once. Times "
-        f"in ms, median / 99th percentile. Tokens are those of `usage`: best_of_n has all n answers in it. Goodput: requests "
-        f"a second with a first token within {1e3 * objective.first_token:.0f} ms and {1e3 * objective.per_token:.0f} ms a token. Reward: the demo's "
-        "judge, which steers nothing. Plain was measured before and after the other arms of its rate, in one run.",
+        "in ms, median / 99th percentile. Tokens are those of `usage`: best_of_n has all n answers in it. Goodput: "
+        f"requests a second with a first token within {1e3 * objective.first_token:.0f} ms and "
+        f"{1e3 * objective.per_token:.0f} ms a token. Reward: the demo's judge, which steers nothing. Plain was "
+        "measured before and after the other arms of its rate, in one run.",
         {"lines": [_dump(line) for line in lines]},
         lambda figure: _draw(figure, lines, mixed),
         (13.0, 4.8),
