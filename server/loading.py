@@ -1,25 +1,28 @@
 """Builds a worker's runtime from vLLM's configuration: the same for both of vLLM's interfaces."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.progress import track
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from vllm import envs
 
 from steersman.guidance.checkpoints import ModelRefused
 from steersman.guidance.overlap import make_side_stream
 from steersman.guidance.plan import Plan, compile_plan
 from steersman.guidance.policies import load_policy
+from steersman.guidance.report import Report
 from steersman.guidance.request import BestOfN, Blockwise, parse_guidance
 from steersman.guidance.reward_loading import load_reward_model
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
 from steersman.server.config import CONFIG_KEY, load_config
 from steersman.server.metrics.worker import WorkerMetrics
+from steersman.server.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -36,19 +39,45 @@ class Destination:
 
 
 class WorkerRuntime(GuidanceRuntime):
-    """A runtime that counts for Prometheus, and remembers why a model could not be loaded, so that the server can say
-    it in one line."""
+    """A runtime that counts for Prometheus, ends its process where a model never returns, and remembers why a model
+    could not be loaded, so that the server can say it in one line."""
 
     refusal: str | None = None
     destination: Destination
     """Of models that are loaded later."""
     metrics: WorkerMetrics | None = None
     """None on a rank that repeats what another one does, which would be counted twice."""
+    watchdog: Watchdog | None = None
 
     def step(self, logits: torch.Tensor, rows: Sequence[Row], fed: torch.Tensor | None = None) -> None:
         """See GuidanceRuntime.step."""
-        with nullcontext() if self.metrics is None else self.metrics.step():
+        with self._turn(), nullcontext() if self.metrics is None else self.metrics.step():
             super().step(logits, rows, fed)
+
+    def read_ahead(self, rows: Sequence[Row], fed: Callable[[], torch.Tensor]) -> None:
+        """See GuidanceRuntime.read_ahead."""
+        with self._turn():
+            super().read_ahead(rows, fed)
+
+    def finish(self, key: Hashable, response: Sequence[int]) -> Report | None:
+        """See GuidanceRuntime.finish."""
+        with self._turn():
+            return super().finish(key, response)
+
+    def score_text(self, name: str, prompt: Sequence[int], response: Sequence[int]) -> list[float]:
+        """See GuidanceRuntime.score_text."""
+        with self._turn():
+            return super().score_text(name, prompt, response)
+
+    def score_answers(
+        self, name: str, prompt: Sequence[int], responses: Sequence[Sequence[int]]
+    ) -> tuple[list[float], int]:
+        """See GuidanceRuntime.score_answers."""
+        with self._turn():
+            return super().score_answers(name, prompt, responses)
+
+    def _turn(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.watchdog is None else self.watchdog.turn()
 
     def show_metrics(self) -> None:
         """After anything else that reads tokens or gives blocks back."""
@@ -84,6 +113,7 @@ def build_runtime(vllm_config: Any, device: torch.device) -> WorkerRuntime:
     if parallel.rank % parallel.tensor_parallel_size == 0 or parallel.enable_batch_sharded_sampling:
         runtime.metrics = WorkerMetrics(runtime)
     runtime.destination = destination
+    runtime.watchdog = Watchdog(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
     return runtime
 
 

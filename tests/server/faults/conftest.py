@@ -1,0 +1,36 @@
+"""One supervised server for every test in this folder; it is up again after each of them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tests.support
+from tests.conftest import ONE_PROCESS
+from tests.server.faults.supervised import SupervisedServer
+
+MODEL_LIMIT_S = 15
+"""A model that takes longer hangs."""
+
+
+@pytest.fixture(scope="session")
+def supervised(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SupervisedServer]:
+    """Serves `base` with the reward models `first`, `raising` and `hanging`, and a clock that can be set."""
+    folder = tmp_path_factory.mktemp("supervised")
+    (folder / "clock").write_text("0")
+    rewards = [f"{name}={models / 'first'}" for name in ("first", "raising", "hanging")]
+    flags = [
+        *(str(models / "base"), "--served-model-name", "base", "--dtype", "float32", "--enforce-eager"),
+        *("--distributed-executor-backend", ONE_PROCESS, "--max-model-len", "512", "--max-num-seqs", "64"),
+        *("--guidance-cache", "0.3", "--request-timeout", "120"),
+        *(flag for reward in rewards for flag in ("--reward-model", reward)),
+    ]
+    environment = {
+        "PYTHONPATH": str(Path(tests.support.__file__).parent / "faulty"),
+        "STEERSMAN_WALL_CLOCK": str(folder / "clock"),
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(MODEL_LIMIT_S),
+        # vLLM compiles a function for the first request with logprobs, which takes longer than everything else.
+        "TORCHDYNAMO_DISABLE": "1",
+    }
+    with SupervisedServer(folder / "log", *flags, environment=environment) as running:
+        yield running

@@ -1,0 +1,51 @@
+"""Streams as a client without a library sees them."""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+GUIDED: dict[str, Any] = {"method": "pargs", "reward_model": "first", "beta": 1.5, "top_k": 5}
+
+
+def streamed(prompt: Any, tokens: int, **fields: Any) -> dict[str, Any]:
+    """A completion's body: exactly so many tokens, one stream."""
+    asked = {"model": "base", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    return {**asked, "temperature": 0, "return_token_ids": True, **fields}
+
+
+@dataclass
+class Stream:
+    """What one stream has brought so far."""
+
+    events: list[str] = field(default_factory=list)
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def read(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> "Stream":
+        """To its end."""
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            async for line in response.aiter_lines():
+                self.take(line)
+        return self
+
+    def take(self, line: str) -> None:
+        """One line of the answer."""
+        if line.startswith("data: "):
+            self.events.append(line.removeprefix("data: "))
+            self.begun.set()
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of a stream that has come to its end."""
+        assert self.events[-1] == "[DONE]", self.events[-1]
+        chunks = [choice for event in self.events[:-1] for choice in json.loads(event)["choices"]]
+        return [token for chunk in chunks for token in chunk.get("token_ids") or ()]
+
+    @property
+    def error(self) -> dict[str, Any] | None:
+        """The error that it ended with."""
+        last = next((json.loads(event) for event in reversed(self.events) if event != "[DONE]"), {})
+        return last.get("error")

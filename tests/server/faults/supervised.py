@@ -1,0 +1,83 @@
+"""A server that a supervisor starts again whenever it ends with a code other than 0."""
+
+import contextlib
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+
+from tests.server.polling import wait_until
+from tests.support.server import Server
+
+HEALTH_LIMIT_S = 5.0
+"""After it a balancer must know of a dead engine."""
+_SUPERVISE = 'until "$@" >> "$LOG" 2>&1; do echo $? >> "$CODES"; done'
+
+
+class SupervisedServer(Server):
+    """`process` is the supervisor."""
+
+    @property
+    def codes(self) -> list[int]:
+        """The codes that the server has ended with."""
+        file = self._codes
+        return [int(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    @property
+    def processes(self) -> dict[str, psutil.Process]:
+        """The API process (`api`) and the engine's (`engine`)."""
+        (api,) = [p for p in psutil.Process(self.process.pid).children() if "python" in p.cmdline()[0]]
+        (engine,) = [p for p in api.children() if "EngineCore" in p.name()]
+        return {"api": api, "engine": engine}
+
+    def limit_files(self, size: int) -> None:
+        """No process of the server may write beyond this many bytes of a file."""
+        for process in self.processes.values():
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    def wait_for_restart(self, after: int) -> None:
+        """Until the server is back that has ended `after` times before."""
+        wait_until(lambda: len(self.codes) > after, "the server has ended")
+        self._wait_until_ready()
+
+    async def wait_until_unhealthy(self, client: httpx.AsyncClient, limit_s: float) -> float:
+        """Seconds until health fails."""
+        import asyncio
+
+        began = time.monotonic()
+        with contextlib.suppress(httpx.TransportError):
+            while (await client.get("/health")).status_code == 200:
+                assert time.monotonic() - began < limit_s, f"after {limit_s} s health has not failed"
+                await asyncio.sleep(0.05)
+        return time.monotonic() - began
+
+    def __enter__(self) -> "SupervisedServer":
+        command = [sys.executable, "-m", "steersman.cli", "serve", *self.flags, "--port", str(self.port)]
+        environment = {**self.environment, "LOG": str(self.log), "CODES": str(self._codes)}
+        self.process = subprocess.Popen(["bash", "-c", _SUPERVISE, "supervisor", *command], env=environment)
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in psutil.Process(self.process.pid).children():
+            process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                process.kill()
+            self.process.kill()
+            self.process.wait()
+
+    @property
+    def _codes(self) -> Path:
+        return self.log.with_name("codes")
