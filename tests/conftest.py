@@ -53,8 +53,9 @@ class ByServer(LoadScopeScheduling):
         path, _, test = nodeid.partition("::")
         if "[V2]" in test or "model_runner_v2" in test:
             return "server_v2"
-        if path.startswith("tests/server/limits"):
-            return "server_limits"
+        for folder in ("limits", "faults"):
+            if path.startswith(f"tests/server/{folder}"):
+                return f"server_{folder}"
         shared = path.startswith(("tests/server", "tests/clients")) and not path.endswith("test_start.py")
         return "server" if shared else path
 

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+
+from tests.support.server import Server
 
 GUIDED: dict[str, Any] = {"method": "pargs", "reward_model": "first", "beta": 1.5, "top_k": 5}
 
@@ -38,14 +40,42 @@ class Stream:
             self.begun.set()
 
     @property
-    def tokens(self) -> list[int]:
-        """Of a stream that has come to its end."""
+    def tokens(self) -> list[list[int]]:
+        """Of every choice of a stream that has come to its end."""
         assert self.events[-1] == "[DONE]", self.events[-1]
         chunks = [choice for event in self.events[:-1] for choice in json.loads(event)["choices"]]
-        return [token for chunk in chunks for token in chunk.get("token_ids") or ()]
+        choices: dict[int, list[int]] = {chunk["index"]: [] for chunk in sorted(chunks, key=lambda c: c["index"])}
+        for chunk in chunks:
+            choices[chunk["index"]] += chunk.get("token_ids") or ()
+        return list(choices.values())
 
     @property
     def error(self) -> dict[str, Any] | None:
         """The error that it ended with."""
         last = next((json.loads(event) for event in reversed(self.events) if event != "[DONE]"), {})
         return last.get("error")
+
+
+async def _nothing(client: httpx.AsyncClient) -> None:
+    """What happens to most streams."""
+
+
+def read_streams(
+    server: Server,
+    bodies: Sequence[Mapping[str, Any]],
+    act: Callable[[httpx.AsyncClient], Awaitable[object]] = _nothing,
+) -> list[Stream]:
+    """All at once, to their ends; acts when each has begun."""
+
+    async def run() -> list[Stream]:
+        streams = [Stream() for _ in bodies]
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+            reading = [asyncio.ensure_future(s.read(client, body)) for s, body in zip(streams, bodies, strict=True)]
+            for stream in streams:
+                await stream.begun.wait()
+            assert not any(task.done() for task in reading), "the streams are too short"
+            await act(client)
+            await asyncio.gather(*reading)
+        return streams
+
+    return asyncio.run(run())

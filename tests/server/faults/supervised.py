@@ -1,5 +1,6 @@
 """A server that a supervisor starts again whenever it ends with a code other than 0."""
 
+import asyncio
 import contextlib
 import resource
 import signal
@@ -47,8 +48,6 @@ class SupervisedServer(Server):
 
     async def wait_until_unhealthy(self, client: httpx.AsyncClient, limit_s: float) -> float:
         """Seconds until health fails."""
-        import asyncio
-
         began = time.monotonic()
         with contextlib.suppress(httpx.TransportError):
             while (await client.get("/health")).status_code == 200:
