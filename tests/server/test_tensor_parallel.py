@@ -45,9 +45,13 @@ def test_text_is_that_of_one_process_and_is_counted_once(server: Server, paralle
     assert total(grown, "steersman_guided_tokens_total") == sum(report["guided_tokens"] for report in reports) > 0
     read = sum(report["reward_model_tokens"] + report["policy_tokens"] for report in reports)
     assert total(grown, "steersman_auxiliary_tokens_total") == read > 0
-    assert total(grown, "vllm:generation_tokens_total") == sum(len(c.tokens) for choices in answered for c in choices)
+    assert total(grown, "vllm:generation_tokens_total") == sum(map(len, sum(_tokens(answered), [])))
     listed = {model["name"]: model for model in parallel.get("/v1/guidance").json()["reward_models"]}
     assert total(read_metrics(parallel), "steersman_cache_blocks", model="first") == listed["first"]["cache_blocks"]
+
+
+def _tokens(answered: list[list[Answered]]) -> list[list[list[int]]]:
+    return [[choice.tokens for choice in choices] for choices in answered]
 
 
 async def _ask_all(running: Server, asked: list[Asked]) -> list[list[Answered]]:
