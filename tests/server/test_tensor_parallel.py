@@ -45,7 +45,7 @@ def test_text_is_that_of_one_process_and_is_counted_once(server: Server, paralle
     assert total(grown, "steersman_guided_tokens_total") == sum(report["guided_tokens"] for report in reports) > 0
     read = sum(report["reward_model_tokens"] + report["policy_tokens"] for report in reports)
     assert total(grown, "steersman_auxiliary_tokens_total") == read > 0
-    assert total(grown, "vllm:generation_tokens_total") == sum(map(len, sum(_tokens(answered), [])))
+    assert total(grown, "vllm:generation_tokens_total") == sum(len(t) for tokens in _tokens(answered) for t in tokens)
     listed = {model["name"]: model for model in parallel.get("/v1/guidance").json()["reward_models"]}
     assert total(read_metrics(parallel), "steersman_cache_blocks", model="first") == listed["first"]["cache_blocks"]
 
