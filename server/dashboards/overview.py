@@ -74,6 +74,12 @@ _LATENCY = Row(
             "s",
         ),
         Panel(
+            "Wait for a turn",
+            "How long do guided requests wait because --max-guided-requests run already?",
+            quantiles("steersman_turn_seconds", BY_INSTANCE),
+            "s",
+        ),
+        Panel(
             "Wait for room",
             "How long do guided requests wait for room in the auxiliary caches?",
             quantiles("steersman_admission_seconds", BY_INSTANCE),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from starlette.responses import JSONResponse
 
 from steersman.server.limits.refusals import refuse
-from steersman.server.metrics.requests import WAITING
+from steersman.server.metrics.requests import TURN, WAITING
 
 _RECENT = 32
 _LONGEST_S = 60
@@ -68,7 +68,7 @@ class GuidedQueue:
         return min(_LONGEST_S, max(1, math.ceil((self.waiting + 1) / rate)))
 
     async def _take_turn(self) -> None:
-        with WAITING.track_inprogress():
+        with WAITING.track_inprogress(), TURN.time():
             await self._turns.acquire()
 
     def _leave(self, had_turn: bool) -> None:

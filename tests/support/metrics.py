@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.server import Server
@@ -12,7 +11,7 @@ Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 def read_metrics(server: Server) -> Series:
     """Every sample by its name and labels."""
-    text = httpx.get(f"{server.url}/metrics", timeout=60).raise_for_status().text
+    text = server.get("/metrics").raise_for_status().text
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(text)

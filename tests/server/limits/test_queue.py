@@ -9,6 +9,7 @@ import pytest
 from steersman.server.limits.queue import GuidedQueue, TooManyRequests
 from tests.server.limits.conftest import AT_ONCE, GUIDED, WAITING
 from tests.server.polling import wait_until
+from tests.support.metrics import growth, read_metrics, total
 from tests.support.server import Server
 
 
@@ -26,13 +27,18 @@ def test_as_many_run_and_wait_as_may_and_the_rest_is_429(limited: Server) -> Non
             answers = await asyncio.gather(*steered, *unguided)
             return list(answers[:guided]), list(answers[guided:])
 
+    before = read_metrics(limited)
     steered, unguided = asyncio.run(run())
+    grown = growth(before, read_metrics(limited))
     assert [answer.status_code for answer in unguided] == [200] * plain
     served = [answer for answer in steered if answer.status_code == 200]
     refused = [answer for answer in steered if answer.status_code == 429]
     assert len(served) + len(refused) == guided
     assert len(served) >= AT_ONCE + WAITING
     assert refused, "none was one too many"
+    assert total(grown, "steersman_turn_seconds_count") == len(served)
+    # Who had to wait did so while another answer of a hundred tokens was decoded.
+    assert total(grown, "steersman_turn_seconds_bucket", le="0.01") < len(served)
     for answer in served:
         assert '"guided_tokens":100' in answer.text
     for answer in refused:
