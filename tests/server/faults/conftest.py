@@ -1,5 +1,6 @@
-"""One supervised server for every test in this folder; it is up again after each of them."""
+"""One supervised server for every test in this folder; the last file of them leaves it dead."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import tests.support
 from tests.conftest import ONE_PROCESS
 from tests.server.faults.supervised import SupervisedServer
 
-MODEL_LIMIT_S = 15
+FAULTY = Path(tests.support.__file__).parent / "faulty"
+MODEL_LIMIT_S = 10
 """A model that takes longer hangs."""
 
 
@@ -26,7 +28,7 @@ def supervised(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         *(flag for reward in rewards for flag in ("--reward-model", reward)),
     ]
     environment = {
-        "PYTHONPATH": str(Path(tests.support.__file__).parent / "faulty"),
+        "PYTHONPATH": os.pathsep.join([str(FAULTY), os.environ.get("PYTHONPATH", "")]),
         "STEERSMAN_WALL_CLOCK": str(folder / "clock"),
         "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(MODEL_LIMIT_S),
         # vLLM compiles a function for the first request with logprobs, which takes longer than everything else.

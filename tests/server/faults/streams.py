@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import httpx
 
 from tests.support.server import Server
+from tests.support.traffic import random_prompts
 
 GUIDED: dict[str, Any] = {"method": "pargs", "reward_model": "first", "beta": 1.5, "top_k": 5}
 
@@ -79,3 +81,15 @@ def read_streams(
         return streams
 
     return asyncio.run(run())
+
+
+def mixed_bodies(rng: random.Random, tokens: int) -> list[dict[str, Any]]:
+    """A plain request, a guided one, and one with two guided choices."""
+    kinds = [{}, {"guidance": GUIDED}, {"guidance": GUIDED, "n": 2, "seed": 3, "temperature": 1}]
+    return [streamed(prompt, tokens, **kind) for prompt, kind in zip(random_prompts(rng, 3), kinds, strict=True)]
+
+
+def assert_all_failed(streams: Sequence[Stream]) -> None:
+    """Each has ended with an error."""
+    for stream in streams:
+        assert stream.error, f"ended with {stream.events[-1:]}"

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -67,15 +66,14 @@ class SupervisedServer(Server):
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in psutil.Process(self.process.pid).children():
-            process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            for process in psutil.Process(self.process.pid).children(recursive=True):
-                process.kill()
-            self.process.kill()
-            self.process.wait()
+        served = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.kill()
+        self.process.wait()
+        for process in served:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        for process in psutil.wait_procs(served, timeout=30)[1]:
+            process.kill()
 
     @property
     def _codes(self) -> Path:

@@ -44,11 +44,11 @@ def test_a_hundred_clients_leave_in_mid_stream(supervised: SupervisedServer, rng
 def test_a_client_that_does_not_read_holds_nobody_up_and_gets_everything_later(
     supervised: SupervisedServer, rng: random.Random, kind: dict[str, Any]
 ) -> None:
-    body = streamed(random_prompts(rng, 1)[0], 450, logprobs=5, **kind)
+    body = streamed(random_prompts(rng, 1)[0], 400, logprobs=5, **kind)
     (expected,) = read_streams(supervised, [body])
     with _open_unread(supervised, body) as connection:
-        quick = streamed(random_prompts(rng, 1)[0], 450, guidance=GUIDED)
-        assert len(read_streams(supervised, [quick])[0].tokens[0]) == 450
+        quick = streamed(random_prompts(rng, 1)[0], 400, guidance=GUIDED)
+        assert len(read_streams(supervised, [quick])[0].tokens[0]) == 400
         # Its answer is decoded to the end and its blocks are free, though most of it lies unread.
         assert_no_block_stays_in_use(supervised)
         wait_until(lambda: not total(read_metrics(supervised), "vllm:num_requests_running"), "it is decoded")
