@@ -61,7 +61,9 @@ REWARD_MAGNITUDE = Counter(
 REFUSALS = Counter("steersman_refusals_total", "Requests that were refused.", ("reason",))
 ERRORS = Counter("steersman_errors_total", "Guided requests that failed after they were admitted.", ("reason",))
 RUNNING = Gauge("steersman_running_requests", "Guided requests in the engine.", multiprocess_mode="livesum")
-WAITING = Gauge("steersman_waiting_requests", "Guided requests that wait for their turn or for room.", multiprocess_mode="livesum")
+WAITING = Gauge(
+    "steersman_waiting_requests", "Guided requests that wait for their turn or for room.", multiprocess_mode="livesum"
+)
 ADMISSION = Histogram(
     "steersman_admission_seconds",
     "Time for which guided requests that had their turn waited for room in the caches.",

@@ -23,9 +23,7 @@ def parallel(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         *(flag for name in REWARDS for flag in ("--reward-model", f"{name}={models / name}")),
         *(flag for name in POLICIES for flag in ("--policy", f"{name}={models / name}")),
     ]
-    # On a machine with one memory node vLLM refuses several workers unless it is told that this is a trial.
-    environment = {"VLLM_CPU_SIM_MULTI_NUMA": "1"}
-    with Server(tmp_path_factory.mktemp("parallel") / "log", *flags, environment=environment) as running:
+    with Server(tmp_path_factory.mktemp("parallel") / "log", *flags) as running:
         yield running
 
 
