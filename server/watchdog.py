@@ -2,7 +2,6 @@
 
 import faulthandler
 import logging
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ logger = logging.getLogger(__name__)
 
 _TICKS = 10
 """Looks within the limit."""
+_STDERR = 2
 
 
 class Watchdog:
@@ -42,7 +42,7 @@ class Watchdog:
         while True:
             since = self._since
             if since is None or since != seen:
-                faulthandler.dump_traceback_later(self.limit + tick, exit=True, file=sys.__stderr__)
+                faulthandler.dump_traceback_later(self.limit + tick, exit=True, file=_STDERR)
             elif time.monotonic() - since > self.limit:
                 logger.critical(
                     "guidance has waited for a model for more than %g s: this process ends, and every request that it "

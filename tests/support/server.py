@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import openai
@@ -74,8 +74,8 @@ class Server:
         models = self.get("/v1/guidance").json()["reward_models"]
         return {m["name"]: m["cache_blocks_in_use"] for m in models if m["cache_blocks_in_use"] is not None}
 
-    def __enter__(self) -> "Server":
-        self.process = start_process(["serve", *self.flags, "--port", str(self.port)], self.log, self.environment)
+    def __enter__(self) -> Self:
+        self.process = self._start()
         try:
             self._wait_until_ready()
         except BaseException:
@@ -90,6 +90,9 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        return start_process(["serve", *self.flags, "--port", str(self.port)], self.log, self.environment)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + _START_LIMIT_S

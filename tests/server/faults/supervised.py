@@ -54,17 +54,6 @@ class SupervisedServer(Server):
                 await asyncio.sleep(0.05)
         return time.monotonic() - began
 
-    def __enter__(self) -> "SupervisedServer":
-        command = [sys.executable, "-m", "steersman.cli", "serve", *self.flags, "--port", str(self.port)]
-        environment = {**self.environment, "LOG": str(self.log), "CODES": str(self._codes)}
-        self.process = subprocess.Popen(["bash", "-c", _SUPERVISE, "supervisor", *command], env=environment)
-        try:
-            self._wait_until_ready()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
     def __exit__(self, *_: object) -> None:
         served = psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
@@ -74,6 +63,11 @@ class SupervisedServer(Server):
                 process.terminate()
         for process in psutil.wait_procs(served, timeout=30)[1]:
             process.kill()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "steersman.cli", "serve", *self.flags, "--port", str(self.port)]
+        environment = {**self.environment, "LOG": str(self.log), "CODES": str(self._codes)}
+        return subprocess.Popen(["bash", "-c", _SUPERVISE, "supervisor", *command], env=environment)
 
     @property
     def _codes(self) -> Path:
