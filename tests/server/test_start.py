@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from tests.conftest import ONE_PROCESS
 from tests.support.server import test_environment
 from tests.support.tiny import build_tokenizer, save_base, save_reward
 
@@ -78,8 +78,6 @@ BEFORE_START |= {
     "a preset with a bad value": _presets("value.yaml", words=("strong", "guidance.beta", "greater than or equal")),
     "a preset with an unknown model": _presets("model.yaml", words=("strong", "'absent'", "none")),
 }
-BY_COMMAND = ("missing path", "another tokenizer", "pickled weights")
-
 
 PRESETS = {
     "list.yaml": "- {method: pargs, reward_model: first}",
@@ -121,18 +119,17 @@ def test_refusals_before_the_engine_starts(
     _check_line(capsys.readouterr().err, refused.words)
 
 
-def test_refusals_by_the_command(checkpoints: Path, tmp_path: Path) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        outcomes = list(pool.map(lambda name: _run(_arguments(BEFORE_START[name], checkpoints)), BY_COMMAND))
-    for name, outcome in zip(BY_COMMAND, outcomes, strict=True):
-        assert outcome.returncode == 2, outcome.stderr
-        assert "Traceback" not in outcome.stdout + outcome.stderr
-        _check_line(outcome.stderr, BEFORE_START[name].words)
+def test_a_refusal_by_the_command(checkpoints: Path) -> None:
+    outcome = _run(_arguments(BEFORE_START["pickled weights"], checkpoints))
+    assert outcome.returncode == 2, outcome.stderr
+    assert "Traceback" not in outcome.stdout + outcome.stderr
+    _check_line(outcome.stderr, BEFORE_START["pickled weights"].words)
 
 
 def test_a_model_whose_cached_rewards_would_be_wrong_is_refused_by_the_worker(checkpoints: Path) -> None:
     flags = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "64", "--guidance-cache", "0.05")
-    outcome = _run([str(checkpoints / "base"), *flags, "--reward-model", f"neo={checkpoints / 'neo'}"])
+    where = ("--distributed-executor-backend", ONE_PROCESS)
+    outcome = _run([str(checkpoints / "base"), *flags, *where, "--reward-model", f"neo={checkpoints / 'neo'}"])
     assert outcome.returncode in (1, 2), outcome.stderr
     assert "Traceback" not in outcome.stdout + outcome.stderr
     _check_line(outcome.stderr, ("'neo'", "gpt_neo"))
