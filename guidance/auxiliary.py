@@ -19,14 +19,12 @@ from steersman.guidance.cache import BLOCK_SIZE, CachedSequence, CacheFull, Laye
 from steersman.guidance.checkpoints import ModelRefused, find_window
 from steersman.guidance.decoder import fuse_decoder
 from steersman.guidance.graphs import Capture, StepGraphs, StepInputs, capture_on_cuda, choose_sizes
+from steersman.guidance.layout import Layout
 from steersman.guidance.transfer import to_device
 from steersman.kernels.dispatch import has_kernels
 
 _PREFILL_TOKENS = 4096
 """Padded tokens a prefill forward reads at most: bounds its activations."""
-
-
-_Layout = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]
 
 
 logger = logging.getLogger(__name__)
@@ -100,7 +98,7 @@ class CausalModel:
         self.cache = PagedCache(layers, blocks - scratch, scratch, self.dtype, self.device)
         self.decoder = fuse_decoder(model, settings, min(self.window, blocks * BLOCK_SIZE))
         self._sequences: dict[Hashable, CachedSequence] = {}
-        self._layouts: dict[tuple[int, int, int], _Layout] = {}
+        self._layout = Layout(self.cache, self.device)
         self.graphs = StepGraphs()
         self._capture = make_capture(self.device) if self._by_kernel else None
         self.sizes = [] if self._capture is None else choose_sizes(max_rows, candidates)
@@ -217,68 +215,28 @@ class CausalModel:
         branches: int,
         scratch: int,
     ) -> torch.Tensor:
-        rows, fed = tokens.shape
+        fed = tokens.shape[1]
         k = (fed - 1) // branches if branches else 0
         if self._by_kernel:
             return self._step_by_kernel(sequences, lengths, tokens, k, branches)
-        ahead, seen, own_blocks, own_offsets = self._candidate_layout(k, branches, scratch)
-        width = -(-max(lengths) // BLOCK_SIZE)
-        table, last_block = [], []
-        for n, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
-            padded = (sequence.blocks + [self.cache.padding] * width)[:width]
-            table.append([*padded, *self.cache.scratch[n * scratch : (n + 1) * scratch]])
-            last_block.append(sequence.blocks[(length - 1) // BLOCK_SIZE])
-        tables = to_device(table, self.device)
-        place = to_device([lengths, last_block], self.device).unsqueeze(-1)
-        length, block = place[0], place[1]
-        batch = AttentionBatch(
-            cache=self.cache,
-            tables=tables,
-            positions=length - 1 + ahead,
-            visible=length.expand(rows, fed),
-            written=None,
-            destinations=(block, (length - 1) % BLOCK_SIZE),
-            branches=seen,
-        )
-        if branches:
-            block, offset = batch.destinations
-            batch.destinations = (
-                torch.cat((block, tables[:, width : width + 1] + own_blocks), dim=1),
-                torch.cat((offset, own_offsets.expand(rows, -1)), dim=1),
-            )
-        hidden = self._forward(tokens, batch)
+        hidden = self._forward(tokens, self._layout.step(sequences, lengths, k, branches, scratch))
         return self.head(hidden[:, fed - max(k, 1) :]).float()
 
     def _step_by_kernel(
         self, sequences: Sequence[CachedSequence], lengths: Sequence[int], tokens: torch.Tensor, k: int, branches: int
     ) -> torch.Tensor:
         cached = to_device([length - 1 for length in lengths], self.device, torch.int32)
-        inputs = StepInputs(tokens, self._tables(sequences, max(lengths)), cached)
+        inputs = StepInputs(tokens, self._layout.tables(sequences, max(lengths)), cached)
         outputs = self.graphs.run(inputs) if branches <= 1 else None
         return self._forward_candidates(inputs, k, branches).float() if outputs is None else outputs
 
     def _forward_candidates(self, inputs: StepInputs, k: int, branches: int) -> torch.Tensor:
-        ahead = self._candidate_layout(k, branches, 0)[0]
+        ahead = self._layout.branches(k, branches, 0).ahead
         # A row that is not there reads position 0: tables of positions have none below it.
         positions = inputs.lengths.clamp(min=0).unsqueeze(-1).long() + ahead
         batch = CandidateBatch(self.cache, inputs.tables, inputs.lengths, positions, k)
         hidden = self._forward(inputs.tokens, batch)
         return self.head(hidden[:, inputs.tokens.shape[1] - max(k, 1) :])
-
-    def _candidate_layout(self, k: int, branches: int, scratch: int) -> _Layout:
-        """What is the same in every step: positions ahead of the last token [T], scratch columns' mask
-        [T, scratch · BLOCK_SIZE] or None without scratch, and each branch token's scratch block and offset [T - 1]."""
-        key = (k, branches, scratch)
-        if key not in self._layouts:
-            column = torch.arange(k * branches, device=self.device)
-            seen = None
-            if scratch:
-                seen = torch.full((1 + k * branches, scratch * BLOCK_SIZE), -torch.inf, device=self.device)
-                seen[1 + column, column] = 0.0
-                seen[1 + column, column % k] = 0.0
-            ahead = torch.cat((column.new_zeros(1), 1 + column // max(k, 1)))
-            self._layouts[key] = (ahead, seen, column // BLOCK_SIZE, column % BLOCK_SIZE)
-        return self._layouts[key]
 
     def read_text(self, tokens: Sequence[int]) -> torch.Tensor:
         """Hidden states [len(tokens), D] at every token of a text, read once. Raises CacheFull."""
@@ -321,22 +279,7 @@ class CausalModel:
         }
 
     def _read(self, rows: list[tuple[CachedSequence, Sequence[int]]]) -> torch.Tensor:
-        news = [list(tokens[sequence.length :]) for sequence, tokens in rows]
-        width = max(map(len, news))
-        ids = to_device([new + [0] * (width - len(new)) for new in news], self.device)
-        starts = to_device([[sequence.length] for sequence, _ in rows], self.device)
-        positions = starts + torch.arange(width, device=self.device)
-        written = [(g, t) for g, new in enumerate(news) for t in range(len(new))]
-        batch = AttentionBatch(
-            cache=self.cache,
-            tables=self._tables([sequence for sequence, _ in rows], max(len(tokens) for _, tokens in rows)),
-            # Padding repeats a row's last position, so that no table of learned positions is overrun.
-            positions=torch.minimum(positions, to_device([[len(t) - 1] for _, t in rows], self.device)),
-            visible=positions + 1,
-            written=tuple(to_device(written, self.device).T),
-            destinations=self._destinations([(s, range(s.length, len(tokens))) for s, tokens in rows]),
-        )
-        hidden = self._forward(ids, batch)
+        hidden = self._forward(*self._layout.prefill(rows))
         for sequence, tokens in rows:
             sequence.length = len(tokens)
         return hidden
@@ -346,16 +289,6 @@ class CausalModel:
             return self.decoder(ids, batch)
         with attending(batch):
             return self.body(input_ids=ids, position_ids=batch.positions, use_cache=False, return_dict=True)[0]
-
-    def _tables(self, sequences: Sequence[CachedSequence], longest: int) -> torch.Tensor:
-        width = -(-longest // BLOCK_SIZE)
-        padded = [(s.blocks + [self.cache.padding] * width)[:width] for s in sequences]
-        return to_device(padded, self.device)
-
-    def _destinations(self, rows: list[tuple[CachedSequence, Sequence[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-        blocks = [s.blocks[n // BLOCK_SIZE] for s, positions in rows for n in positions]
-        offsets = [n % BLOCK_SIZE for _, positions in rows for n in positions]
-        return to_device(blocks, self.device), to_device(offsets, self.device)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
