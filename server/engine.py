@@ -2,41 +2,24 @@
 
 import asyncio
 import math
-import random
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
 from typing import Any
 
-from steersman.guidance.plan import compile_plan
 from steersman.guidance.request import BestOfN, Blockwise, GuidanceError, parse_guidance
+from steersman.server.admission import Ticket, admit, admit_search
 from steersman.server.budget import CacheBudget
 from steersman.server.config import CONFIG_KEY
 from steersman.server.errors import GuidanceFailed, reject
 from steersman.server.limits.queue import GuidedQueue
 from steersman.server.limits.settings import Limits
 from steersman.server.metrics.requests import begin_counting, count_answer, count_error, following
-from steersman.server.registry import LoadedModel, Registry, check_length, name_model, reach
+from steersman.server.registry import LoadedModel, Registry
 from steersman.server.reports import Finished, ReportCollector
-from steersman.server.search import Search, check_search, run_search
+from steersman.server.search import Search, run_search
 from steersman.server.users import ModelUsers
 from steersman.server.vllm import EngineClient, EngineDeadError, RequestOutput, RequestOutputKind, SamplingParams
-
-
-@dataclass(frozen=True)
-class _Ticket:
-    """A guided request on its way through the engine. Choice i has the seed that vLLM gives it."""
-
-    key: str
-    method: str
-    choices: int
-    seed: int | None
-    models: list[LoadedModel]
-    blocks: dict[str, int]
-
-    def choice_seed(self, index: int) -> int | None:
-        return self.seed if self.choices == 1 or self.seed is None else self.seed + index
 
 
 class GuidedEngine:
@@ -72,10 +55,10 @@ class GuidedEngine:
             # A model may have been unloaded since the request came in.
             self.registry.check(guidance)
             if isinstance(guidance, BestOfN | Blockwise):
-                search = self._admit_search(guidance, entry, prompt, sampling_params)
+                search = admit_search(self.registry, self.budget, guidance, entry, prompt, sampling_params)
                 outputs = self._generate_searched(search, entry["key"], prompt, sampling_params, request_id, kwargs)
                 return self._generate_using([search.model], outputs)
-            ticket = self._admit(entry, prompt, sampling_params)
+            ticket = admit(self.registry, self.budget, entry, prompt, sampling_params)
         except GuidanceError as error:
             reject(error)
         outputs = self._generate_guided(ticket, prompt, sampling_params, request_id, kwargs)
@@ -162,46 +145,6 @@ class GuidedEngine:
         """Reports so far by choice of a request that may still be streaming."""
         return self._reports.get(key, {})
 
-    def _admit(self, entry: dict[str, Any], prompt: Any, params: SamplingParams) -> _Ticket:
-        plan = compile_plan(parse_guidance(entry["guidance"]))  # type: ignore[arg-type]
-        tokens = len(_prompt_tokens(prompt))
-        models, field = self.registry.models_of(plan), entry["max_tokens_field"]
-        first = plan.gate.first_tokens
-        wanted = params.max_tokens or 1
-        if models:
-            # One position is the candidate's, one more its end token's.
-            spare = int(plan.formula.end_token)
-            params.max_tokens = wanted = check_length(models, tokens, wanted, field, spare, first or wanted)
-        length = reach(plan, tokens, wanted)
-        blocks = {m.name: params.n * m.blocks_for(length) for m in models if m.cache_blocks}
-        if (name := self.budget.too_large(blocks)) is not None:
-            model = self.registry.models[name]
-            raise GuidanceError(
-                field or "max_tokens",
-                f"prompt and answer of n={params.n} choices need {blocks[name] * model.block_size} tokens in the cache "
-                f"of {name_model(model)}, which holds {self.budget.capacity[name] * model.block_size}; ask for fewer "
-                "or start the server with a larger --guidance-cache",
-            )
-        if params.n > 1 and params.seed is None:
-            params.seed = random.getrandbits(31)
-        return _Ticket(entry["key"], plan.method, params.n, params.seed, models, blocks)
-
-    def _admit_search(
-        self, guidance: BestOfN | Blockwise, entry: dict[str, Any], prompt: Any, params: SamplingParams
-    ) -> Search:
-        check_search(guidance, params)
-        tokens, model = _prompt_tokens(prompt), self.registry.reward_models[guidance.reward_model]
-        wanted = params.max_tokens or 1
-        params.max_tokens = check_length([model], len(tokens), wanted, entry["max_tokens_field"], 0, wanted)
-        needed = {model.name: model.blocks_for(len(tokens) + params.max_tokens)} if model.cache_blocks else {}
-        if self.budget.too_large(needed) is not None:
-            raise GuidanceError(
-                entry["max_tokens_field"] or "max_tokens",
-                f"one answer of {params.max_tokens} tokens does not fit into the cache of reward model {model.name!r}; "
-                "ask for fewer or start the server with a larger --guidance-cache",
-            )
-        return Search(guidance, model, list(tokens))
-
     async def _generate_using(
         self, models: Sequence[LoadedModel], outputs: AsyncGenerator[RequestOutput, None]
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -244,7 +187,7 @@ class GuidedEngine:
         return self._engine.renderer.tokenizer
 
     async def _generate_guided(
-        self, ticket: _Ticket, prompt: Any, params: SamplingParams, request_id: str, kwargs: dict[str, Any]
+        self, ticket: Ticket, prompt: Any, params: SamplingParams, request_id: str, kwargs: dict[str, Any]
     ) -> AsyncGenerator[RequestOutput, None]:
         unfinished = set(range(ticket.choices))
         responses: dict[int, list[int]] = defaultdict(list)
@@ -279,10 +222,10 @@ class GuidedEngine:
             for index in unfinished:
                 self._in_background(self._forget(ticket, index))
 
-    def _release(self, ticket: _Ticket, index: int, response: list[int]) -> asyncio.Future[dict[str, Any] | None]:
+    def _release(self, ticket: Ticket, index: int, response: list[int]) -> asyncio.Future[dict[str, Any] | None]:
         return self._collector.collect((ticket.key, ticket.choice_seed(index), response))
 
-    async def _keep_report(self, ticket: _Ticket, index: int, collected: asyncio.Future[dict[str, Any] | None]) -> None:
+    async def _keep_report(self, ticket: Ticket, index: int, collected: asyncio.Future[dict[str, Any] | None]) -> None:
         report = await collected
         if report is None:
             return
@@ -313,7 +256,7 @@ class GuidedEngine:
                 entry["token"] = tokenizer.decode([entry["token_id"]])
         report["trace"] = trace
 
-    async def _forget(self, ticket: _Ticket, index: int) -> None:
+    async def _forget(self, ticket: Ticket, index: int) -> None:
         with suppress(EngineDeadError):
             await self._release(ticket, index, [])
 
@@ -321,13 +264,6 @@ class GuidedEngine:
         task = asyncio.get_running_loop().create_task(work)
         self._cleaning.add(task)
         task.add_done_callback(self._cleaning.discard)
-
-
-def _prompt_tokens(prompt: Any) -> list[int]:
-    tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
-    if not tokens:
-        raise GuidanceError("prompt", "guidance needs at least one prompt token; send a prompt that is not empty")
-    return list(tokens)
 
 
 def _checked_rewards(model: LoadedModel, reply: Any, rewards: Any) -> list[float]:
