@@ -3,12 +3,13 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +85,20 @@ def serving(port: int, flags: Sequence[str], console: Console) -> Iterator[tuple
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile() as log:
         command = [sys.executable, "-m", "steersman.cli", "serve", *demo_flags(port), *flags]
-        process = subprocess.Popen(command, env=demo_environment(), stdout=log, stderr=subprocess.STDOUT)
+        streams: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, env=demo_environment(), start_new_session=True, **streams)
         try:
             with console.status("starting vLLM with the demo models (about half a minute)"):
                 _wait_until_ready(process, url, log)
             yield process, url
         finally:
             process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            # A server that did not come to its end leaves workers behind.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Any) -> None:
