@@ -5,11 +5,14 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
 
-from tests.server.polling import wait_until
+from tests.server.polling import HEALTH_LIMIT_S, wait_until, wait_until_unhealthy
 from tests.support.metrics import growth, read_metrics, total
 from tests.support.server import Server
+from tests.support.streams import assert_all_failed, mixed_bodies, read_streams
 from tests.support.traffic import Answered, Asked, any_guidance, ask, gather_limited, random_prompts
 
 REWARDS, POLICIES = ("first", "second", "every"), ("expert", "other")
@@ -46,6 +49,22 @@ def test_text_is_that_of_one_process_and_is_counted_once(server: Server, paralle
     assert total(grown, "vllm:generation_tokens_total") == sum(len(t) for tokens in _tokens(answered) for t in tokens)
     listed = {model["name"]: model for model in parallel.get("/v1/guidance").json()["reward_models"]}
     assert total(read_metrics(parallel), "steersman_cache_blocks", model="first") == listed["first"]["cache_blocks"]
+
+
+def test_a_worker_that_is_killed_ends_every_stream_with_an_error_and_the_server(
+    parallel: Server, rng: random.Random
+) -> None:
+    """The last test of this file: the server is gone afterwards."""
+    below = psutil.Process(parallel.process.pid).children(recursive=True)
+    workers = [process for process in below if "Worker" in process.name()]
+    assert len(workers) == 2
+
+    async def kill(client: httpx.AsyncClient) -> None:
+        rng.choice(workers).kill()
+        assert await wait_until_unhealthy(client) < HEALTH_LIMIT_S
+
+    assert_all_failed(read_streams(parallel, mixed_bodies(rng, 160), kill))
+    assert parallel.process.wait(timeout=60) == 1
 
 
 def _tokens(answered: list[list[Answered]]) -> list[list[list[int]]]:

@@ -1,21 +1,16 @@
 """A server that a supervisor starts again whenever it ends with a code other than 0."""
 
-import asyncio
 import contextlib
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import httpx
 import psutil
 
 from tests.server.polling import wait_until
 from tests.support.server import Server
 
-HEALTH_LIMIT_S = 5.0
-"""After it a balancer must know of a dead engine."""
 _SUPERVISE = 'until "$@" >> "$LOG" 2>&1; do echo $? >> "$CODES"; done'
 
 
@@ -44,15 +39,6 @@ class SupervisedServer(Server):
         """Until the server is back that has ended `after` times before."""
         wait_until(lambda: len(self.codes) > after, "the server has ended")
         self._wait_until_ready()
-
-    async def wait_until_unhealthy(self, client: httpx.AsyncClient, limit_s: float) -> float:
-        """Seconds until health fails."""
-        began = time.monotonic()
-        with contextlib.suppress(httpx.TransportError):
-            while (await client.get("/health")).status_code == 200:
-                assert time.monotonic() - began < limit_s, f"after {limit_s} s health has not failed"
-                await asyncio.sleep(0.05)
-        return time.monotonic() - began
 
     def __exit__(self, *_: object) -> None:
         served = psutil.Process(self.process.pid).children(recursive=True)

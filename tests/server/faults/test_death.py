@@ -4,8 +4,9 @@ import random
 
 import httpx
 
-from tests.server.faults.streams import GUIDED, assert_all_failed, mixed_bodies, read_streams
-from tests.server.faults.supervised import HEALTH_LIMIT_S, SupervisedServer
+from tests.server.faults.supervised import SupervisedServer
+from tests.server.polling import HEALTH_LIMIT_S, wait_until_unhealthy
+from tests.support.streams import GUIDED, assert_all_failed, mixed_bodies, read_streams
 
 
 def test_a_killed_engine_ends_every_stream_with_an_error_and_is_started_again(
@@ -15,7 +16,7 @@ def test_a_killed_engine_ends_every_stream_with_an_error_and_is_started_again(
 
     async def kill(client: httpx.AsyncClient) -> None:
         supervised.processes["engine"].kill()
-        assert await supervised.wait_until_unhealthy(client, 10 * HEALTH_LIMIT_S) < HEALTH_LIMIT_S
+        assert await wait_until_unhealthy(client) < HEALTH_LIMIT_S
 
     assert_all_failed(read_streams(supervised, mixed_bodies(rng, 400), kill))
     supervised.wait_for_restart(before)

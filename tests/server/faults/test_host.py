@@ -8,9 +8,9 @@ from typing import Any
 
 import httpx
 
-from tests.server.faults.streams import mixed_bodies, read_streams
 from tests.server.faults.supervised import SupervisedServer
 from tests.support.metrics import growth, read_metrics, total
+from tests.support.streams import mixed_bodies, read_streams
 
 TOKENS = 300
 DAY = 86_400
