@@ -14,6 +14,7 @@ from steersman.server.config import CONFIG_KEY
 from steersman.server.errors import GuidanceFailed, reject
 from steersman.server.limits.queue import GuidedQueue
 from steersman.server.limits.settings import Limits
+from steersman.server.liveness import Workers
 from steersman.server.metrics.requests import begin_counting, count_answer, count_error, following
 from steersman.server.registry import LoadedModel, Registry
 from steersman.server.reports import Finished, ReportCollector
@@ -23,10 +24,11 @@ from steersman.server.vllm import EngineClient, EngineDeadError, RequestOutput, 
 
 
 class GuidedEngine:
-    """Wraps vLLM's engine client; everything but `generate` is vLLM's own."""
+    """Wraps vLLM's engine client; everything but `generate` and `check_health` is vLLM's own."""
 
-    def __init__(self, engine: EngineClient, registry: Registry, limits: Limits) -> None:
+    def __init__(self, engine: EngineClient, registry: Registry, limits: Limits, workers: Workers) -> None:
         self._engine = engine
+        self._workers = workers
         self.stopping = False
         """Whether the server was told to stop, so that an engine that is gone is no failure."""
         self.registry = registry
@@ -42,6 +44,12 @@ class GuidedEngine:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+    async def check_health(self) -> None:
+        """Raises EngineDeadError as soon as a worker has died, before vLLM has given its group up."""
+        if self._workers.lost() is not None:
+            raise EngineDeadError
+        await self._engine.check_health()
 
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any

@@ -178,12 +178,13 @@ async def serve(args: argparse.Namespace, presets: dict[str, Guidance], limits: 
     from steersman.server.engine import GuidedEngine
     from steersman.server.lifecycle import build_lifecycle
     from steersman.server.limits.attach import attach_limits
+    from steersman.server.liveness import Workers
     from steersman.server.registry import build_registry
 
     _, sock = vllm.setup_server(args, reuse_port=False)
     try:
         async with vllm.build_engine(vllm.AsyncEngineArgs.from_cli_args(args)) as engine:
-            await engine.collective_rpc("steersman_prepare")
+            workers = Workers(map(tuple, await engine.collective_rpc("steersman_prepare")))
             described = [reply for reply in await engine.collective_rpc("steersman_describe") if reply is not None]
             if described[0]["refusal"] is not None:
                 raise ModelRefused(described[0]["refusal"])
@@ -194,7 +195,7 @@ async def serve(args: argparse.Namespace, presets: dict[str, Guidance], limits: 
             tasks = await engine.get_supported_tasks()
             app = vllm.build_app(args, tasks, engine.model_config)
             attach_routes(app)
-            guided = GuidedEngine(engine, registry, limits)
+            guided = GuidedEngine(engine, registry, limits, workers)
             if limits.admin_keys:
                 attach_admin_routes(app, build_lifecycle(guided, args))
             await vllm.init_app_state(guided, app.state, args, tasks)

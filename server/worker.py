@@ -5,6 +5,7 @@ from typing import Any
 
 from steersman.guidance.checkpoints import ModelRefused
 from steersman.server.background import BackgroundTask, ModelLoad, free_apart
+from steersman.server.liveness import Address, own_address
 from steersman.server.loading import WorkerRuntime
 from steersman.server.partial_prefill import keep_seeded_requests_alive, partial_rows
 from steersman.server.reading import Wanted
@@ -18,12 +19,14 @@ class GuidanceWorkerExtension:
     _steersman_load: ModelLoad | None = None
     _steersman_freeing: BackgroundTask | None = None
 
-    def steersman_prepare(self) -> None:
-        """Called once before the first request: ties the adapter to the V1 model runner around it."""
+    def steersman_prepare(self) -> Address:
+        """Called once before the first request: ties the adapter to the V1 model runner around it, and says which
+        process this is."""
         processor = self._steersman_processor()
         if processor is not None and hasattr(self.model_runner, "input_batch"):
             processor.partial_rows = partial_rows(self.model_runner)
             keep_seeded_requests_alive(self.model_runner)
+        return own_address()
 
     def steersman_describe(self) -> dict[str, Any] | None:
         """What is loaded; None on a worker that does not sample (not the last pipeline stage)."""

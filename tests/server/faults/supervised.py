@@ -27,7 +27,8 @@ class SupervisedServer(Server):
     def processes(self) -> dict[str, psutil.Process]:
         """The API process (`api`) and the engine's (`engine`)."""
         (api,) = [p for p in psutil.Process(self.process.pid).children() if "python" in p.cmdline()[0]]
-        (engine,) = [p for p in api.children() if "EngineCore" in p.name()]
+        # The kernel keeps fifteen characters of a name.
+        (engine,) = [p for p in api.children() if "VLLM::EngineCor" in p.name()]
         return {"api": api, "engine": engine}
 
     def limit_files(self, size: int) -> None:
