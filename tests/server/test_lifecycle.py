@@ -11,7 +11,7 @@ import pytest
 from steersman.server.engine import GuidedEngine
 from steersman.server.lifecycle import MAX_MODELS, ChangeRefused, ModelLifecycle
 from steersman.server.limits.settings import Limits
-from steersman.server.liveness import Workers
+from steersman.server.liveness import Workers as WorkerProcesses
 from steersman.server.registry import Registry
 
 DESCRIBED = {"name": "later", "kind": "causal", "window": 512, "cache_blocks": 40, "block_size": 16, "cache_bytes": 1}
@@ -39,7 +39,7 @@ class Workers:
 def begin(models: Path) -> Callable[..., tuple[ModelLifecycle, GuidedEngine, Workers]]:
     def build(*replies: list[Any], engines: int = 1) -> tuple[ModelLifecycle, GuidedEngine, Workers]:
         workers = Workers(iter(replies), engines)
-        engine = GuidedEngine(workers, Registry({}), Limits(guided_requests=8), Workers(()))  # type: ignore[arg-type]
+        engine = GuidedEngine(workers, Registry({}), Limits(guided_requests=8), WorkerProcesses(()))  # type: ignore[arg-type]
         return ModelLifecycle(engine, {}, {}, models), engine, workers
 
     return build

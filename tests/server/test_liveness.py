@@ -1,4 +1,4 @@
-"""A worker that has died is told at once, whether or not its parent has noticed; one on another host is not ours to tell."""
+"""A worker that has died is told at once, whether or not its parent has noticed."""
 
 import subprocess
 import sys

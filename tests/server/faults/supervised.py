@@ -27,8 +27,11 @@ class SupervisedServer(Server):
     def processes(self) -> dict[str, psutil.Process]:
         """The API process (`api`) and the engine's (`engine`)."""
         (api,) = [p for p in psutil.Process(self.process.pid).children() if "python" in p.cmdline()[0]]
-        # The kernel keeps fifteen characters of a name.
-        (engine,) = [p for p in api.children() if "VLLM::EngineCor" in p.name()]
+        # What the engine calls itself depends on how much room its first arguments and environment left for a name.
+        below = {p: " ".join(p.cmdline()) for p in api.children()}
+        engines = [p for p, command in below.items() if "resource_tracker" not in command]
+        assert len(engines) == 1, below
+        (engine,) = engines
         return {"api": api, "engine": engine}
 
     def limit_files(self, size: int) -> None:
