@@ -81,7 +81,9 @@ def _draw_panel(axes: Any, panel: Panel, prometheus: Prometheus, start: float, e
     axes.set_xlabel("minutes", fontsize=8)
     axes.tick_params(labelsize=8)
     if panel.unit != "none":
-        axes.set_ylim(bottom=0)
+        # A little room on both sides: lines at 0, and those that never change, are to be seen.
+        top = axes.dataLim.y1 if axes.dataLim.y1 > 0 else 1.0
+        axes.set_ylim(-0.03 * top, 1.1 * top)
     if len(lines) <= 12:
         axes.legend(fontsize=6, loc="upper left", ncols=2 if len(lines) > 5 else 1)
 
