@@ -16,11 +16,12 @@ def own_address() -> Address:
 
 
 class Workers:
-    """The workers on this host; others are left to vLLM."""
+    """The workers below this process; those that another host or container runs are left to vLLM."""
 
     def __init__(self, addresses: Iterable[Address]) -> None:
         own_host = socket.gethostname()
-        self._processes = [psutil.Process(pid) for host, pid in addresses if host == own_host]
+        numbers = {pid for host, pid in addresses if host == own_host}
+        self._processes = [p for p in psutil.Process().children(recursive=True) if p.pid in numbers]
 
     def lost(self) -> psutil.Process | None:
         """One that has died, if there is one."""

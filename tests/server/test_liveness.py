@@ -8,9 +8,9 @@ from steersman.server.liveness import Workers, own_address
 
 
 def test_a_killed_process_is_lost_before_and_after_its_parent_has_noticed() -> None:
-    host, own = own_address()
+    host, _ = own_address()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        workers = Workers([(host, own), (host, process.pid)])
+        workers = Workers([(host, process.pid)])
         assert workers.lost() is None
         process.kill()
         deadline = time.monotonic() + 30
@@ -23,6 +23,6 @@ def test_a_killed_process_is_lost_before_and_after_its_parent_has_noticed() -> N
         assert lost.pid == process.pid
 
 
-def test_a_process_of_another_host_is_not_looked_for() -> None:
+def test_processes_of_another_host_or_container_are_not_looked_for() -> None:
     host, _ = own_address()
-    assert Workers([(f"not-{host}", 2**22 + 1)]).lost() is None
+    assert Workers([(f"not-{host}", 2**22 + 1), (host, 2**22 + 1)]).lost() is None
