@@ -126,7 +126,8 @@ def _draw(figure: Any, lines: Sequence[Line], mixed: str) -> None:
     left, middle, right = figure.subplots(1, 3)
     finite = sorted({line.rate for line in lines if math.isfinite(line.rate)})
     arms = [arm for arm in dict.fromkeys(line.arm for line in lines) if arm != mixed]
-    neighbours = {line.rate: line.gap[0] for line in lines if line.arm == mixed and line.kind == PLAIN and line.gap}
+    neighbours = (line for line in lines if line.arm == mixed and line.kind == PLAIN and line.rate in finite)
+    shown = [(line.rate, line.gap[0]) for line in neighbours if line.gap]
     for arm, colour in zip(arms, _COLOURS, strict=False):
         own = sorted((line for line in lines if line.arm == arm and line.rate in finite), key=lambda line: line.rate)
         gaps = [(line.rate, line.gap[0]) for line in own if line.gap]
@@ -139,8 +140,8 @@ def _draw(figure: Any, lines: Sequence[Line], mixed: str) -> None:
             place = (busiest.whole[0] / 1e3, busiest.reward.mean)
             right.errorbar(*place, busiest.reward.standard_error, fmt="o", color=colour)
             right.annotate(f" {arm}", place, fontsize=7)
-    if neighbours:
-        left.plot(finite, [neighbours[rate] for rate in finite], "o--", color=GREY, label="plain among guided")
+    if shown:
+        left.plot(*zip(*shown, strict=True), "o--", color=GREY, label="plain among guided")
     left.set(xlabel="requests a second", ylabel="ms between chunks, median", title="Fluency under load")
     # Blockwise answers come block by block.
     left.set_yscale("log")

@@ -29,9 +29,8 @@ class SupervisedServer(Server):
         (api,) = [p for p in psutil.Process(self.process.pid).children() if "python" in p.cmdline()[0]]
         # What the engine calls itself depends on how much room its first arguments and environment left for a name.
         below = {p: " ".join(p.cmdline()) for p in api.children()}
-        engines = [p for p, command in below.items() if "resource_tracker" not in command]
-        assert len(engines) == 1, below
-        (engine,) = engines
+        engine, *others = [p for p, command in below.items() if "resource_tracker" not in command]
+        assert not others, below
         return {"api": api, "engine": engine}
 
     def limit_files(self, size: int) -> None:
