@@ -84,7 +84,8 @@ def plan_launches(
     roomy = query.dtype.itemsize == 2 or padded <= 64
     queries = 16 if fed * shared <= 16 else 64 if roomy else 32
     small = is_small()
-    columns = (64 if query.dtype.itemsize == 2 else 32 if roomy else 16) // (2 if small else 1)
+    # A product sums over at least 16 columns.
+    columns = max(16, (64 if query.dtype.itemsize == 2 else 32 if roomy else 16) // (2 if small else 1))
     fresh = 32 if fed > 16 and roomy and not small else 16
     attend = Launch(
         _attend,
@@ -93,7 +94,7 @@ def plan_launches(
             query=query, query_row=query.stride(0), query_head=query.stride(1), query_token=query.stride(2),
             key=key, key_row=key.stride(0), key_head=key.stride(1), key_token=key.stride(2),
             value=value, value_row=value.stride(0), value_head=value.stride(1), value_token=value.stride(2),
-            cache_keys=cache_keys, cache_values=cache_values, cache_head=cache_keys.stride(0),
+            cache_keys=cache_keys, cache_values=cache_values, blocks=cache_keys.shape[1],
             tables=tables, table_row=tables.stride(0), lengths=lengths, out=out, partial=partial,
             heads=heads, shared=shared, fed=fed, branches=max(k, 1), splits=splits, scale=scale,
             window=_NO_WINDOW if window is None else window,
@@ -140,16 +141,18 @@ def _accumulate(scores, values, top, total, sums, EXACT: tl.constexpr):
     return highest, total, sums
 
 
-@triton.jit(do_not_specialize=["heads", "shared", "fed", "branches", "splits", "window"])
+@triton.jit(do_not_specialize=["blocks", "table_row", "heads", "shared", "fed", "branches", "splits", "window"])
 def _attend(
     query, query_row, query_head, query_token, key, key_row, key_head, key_token,
-    value, value_row, value_head, value_token, cache_keys, cache_values, cache_head, tables, table_row, lengths,
+    value, value_row, value_head, value_token, cache_keys, cache_values, blocks, tables, table_row, lengths,
     out, partial, heads, shared, fed, branches, splits, scale, window,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, QUERIES: tl.constexpr, COLUMNS: tl.constexpr,
     FRESH: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head, part = tl.program_id(1) % heads, tl.program_id(1) // heads
+    # Counted in blocks: a layer's cache may hold more than 2³¹ numbers.
+    first_block = head * blocks
     cached = tl.load(lengths + row)
     length = tl.maximum(cached, 0)
     asked = part * QUERIES + tl.arange(0, QUERIES)
@@ -174,7 +177,7 @@ def _attend(
         column = start + tl.arange(0, COLUMNS)
         inside = column < end
         block = tl.load(tables + row * table_row + column // BLOCK, mask=inside, other=0).to(tl.int64)
-        slot = head * cache_head + (block * BLOCK + column % BLOCK) * WIDTH
+        slot = ((first_block + block) * BLOCK + column % BLOCK) * WIDTH
         keys = tl.load(cache_keys + slot[None, :] + channel[:, None], mask=wide[:, None] & inside[None, :], other=0.0)
         values = tl.load(
             cache_values + slot[:, None] + channel[None, :], mask=inside[:, None] & wide[None, :], other=0.0
@@ -205,7 +208,7 @@ def _attend(
             top, total, sums = _accumulate(scores, values, top, total, sums, EXACT)
         if (part == 0) & (cached >= 0):
             block = tl.load(tables + row * table_row + length // BLOCK).to(tl.int64)
-            slot = head * cache_head + (block * BLOCK + length % BLOCK) * WIDTH
+            slot = ((first_block + block) * BLOCK + length % BLOCK) * WIDTH
             last_key = tl.load(key + row * key_row + head * key_head + channel, mask=wide)
             last_value = tl.load(value + row * value_row + head * value_head + channel, mask=wide)
             tl.store(cache_keys + slot + channel, last_key, mask=wide)

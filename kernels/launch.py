@@ -1,6 +1,6 @@
 """How a kernel is launched: grid, arguments and compile-time choices as data, so that what runs is what is checked."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -57,6 +57,39 @@ class Launch:
     def run(self) -> None:
         """Launches it on the current stream."""
         self.kernel[self.grid](**self.arguments, **self.choices, num_warps=self.warps, num_stages=self.stages)
+
+    def compile(self) -> None:
+        """Compiles it for the current GPU without launching it; tensors may be without memory (device "meta").
+
+        Later launches of the same `variant` find the compiled kernel.
+        """
+        options = dict(num_warps=self.warps, num_stages=self.stages)
+        self.kernel.warmup(**self.arguments, **self.choices, **options, grid=self.grid)
+
+    @property
+    def variant(self) -> tuple[Any, ...]:
+        """What Triton compiles one kernel for: launches with equal variants share it.
+
+        Besides the compile-time constants these are the arguments' types, and of pointers and integers whether they are
+        multiples of 16, of integers also whether they are 1, where the kernel does not exclude them from it.
+        """
+        generic = _unspecialised(self.kernel)
+        kinds = tuple((name, _specialise(value, name in generic)) for name, value in self.arguments.items())
+        return (self.kernel.fn.__name__, *sorted(self.choices.items()), *kinds, self.warps, self.stages)
+
+
+def _unspecialised(kernel: Any) -> Sequence[str]:
+    """Names of the integers that make no variants; Triton's interpreter keeps them elsewhere than its compiler."""
+    return getattr(kernel, "do_not_specialize", None) or getattr(kernel, "kwargs", {}).get("do_not_specialize") or ()
+
+
+def _specialise(value: Any, generic: bool) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        wide = not -(2**31) <= value < 2**31
+        return ("int", wide) if generic else ("int", wide, value == 1, value % 16 == 0)
+    return type(value).__name__
 
 
 @dataclass(frozen=True, slots=True)

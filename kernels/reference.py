@@ -23,15 +23,8 @@ def reward_rerank(
     logprobs: torch.Tensor,
     terms: RewardTerms,
     rewards: torch.Tensor,
-    hidden: torch.Tensor | None = None,
-    heads: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `kernels.rerank.reward_rerank`."""
-    if hidden is not None:
-        assert heads is not None
-        assert bias is not None
-        rewards.copy_(torch.einsum("bkd,md->bmk", hidden.float(), heads.float()) + bias.unsqueeze(-1))
     values = terms.scale.unsqueeze(-1) * rewards + terms.shift.unsqueeze(-1)
     values = torch.where(terms.log_sigmoid.unsqueeze(-1) == 1, F.logsigmoid(values), values)
     strength = terms.strength.unsqueeze(-1)

@@ -86,9 +86,9 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
     return _read_binary(compiled.asm["cubin"], compiled.metadata.shared)
 
 
-def compile_all(capability: int, processes: int = 1, one_each: bool = False) -> dict[str, Resources]:
-    """Every launch of production by name, or only one of each kernel."""
-    launches = production_launches()
+def compile_all(capability: int, processes: int = 1, one_each: bool = False, only: str = "") -> dict[str, Resources]:
+    """Every launch of production by name, or only one of each kernel, or only those whose name contains `only`."""
+    launches = {name: launch for name, launch in production_launches().items() if only in name}
     names = list({launch.kernel: name for name, launch in launches.items()}.values()) if one_each else list(launches)
     with ProcessPoolExecutor(processes) as pool:
         return dict(zip(names, pool.map(partial(_compile_named, capability), names), strict=True))
@@ -122,9 +122,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--capability", type=int, default=90, help="Compute capability, 90 for Hopper.")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--one-each", action="store_true", help="Only one launch of each kernel.")
+    parser.add_argument("--only", default="", help="Only launches whose name contains this.")
     parser.add_argument("--write", action="store_true", help=f"Write into {TABLE.name}.")
     args = parser.parse_args(list(argv))
-    found = compile_all(args.capability, args.processes, args.one_each)
+    found = compile_all(args.capability, args.processes, args.one_each, args.only)
     entry = {f"triton {triton.__version__}, sm_{args.capability}": {name: asdict(r) for name, r in found.items()}}
     if args.write:
         TABLE.write_text(json.dumps(dict(sorted({**json.loads(TABLE.read_text()), **entry}.items())), indent=1) + "\n")

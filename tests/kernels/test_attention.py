@@ -122,6 +122,25 @@ def test_shared_heads_and_widths_that_are_no_power_of_two(heads: tuple[int, int]
     _check(_case(5, 1, (3, 130), heads, width))
 
 
+SERVED = torch.bfloat16 if torch.cuda.is_available() else torch.float16
+"""Half precision in which matrices can be multiplied as they are served: Triton's interpreter cannot in bfloat16."""
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("heads", "width"), [((14, 2), 64), ((8, 2), 128)])
+@pytest.mark.parametrize(("k", "branches"), [(1, 0), (10, 1), (20, 2)])
+def test_products_in_half_precision_as_they_are_served(
+    k: int, branches: int, heads: tuple[int, int], width: int, window: int | None
+) -> None:
+    """Products of half-precision numbers are summed in float32; what is left is the rounding of the softmax's weights
+    and of the result, one part in 2¹¹ of float16 or 2⁸ of bfloat16 of the largest value each."""
+    case = _case(k, branches, (0, 17, 300, -1), heads, width, window, SERVED)
+    out = case.run(candidate_attention)
+    assert out.dtype == SERVED
+    bound = 2 * torch.finfo(SERVED).eps * max(float(case.value.abs().max()), float(case.cache_values.abs().max()))
+    torch.testing.assert_close(out.double(), case.exact(), rtol=0, atol=bound)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(dtype: torch.dtype) -> None:
     _check(_case(10, 1, (15, 16, 200), dtype=dtype), tolerance=2e-3 if dtype == torch.float16 else 2e-2)
@@ -135,6 +154,26 @@ def test_with_the_smaller_tiles_of_gpus_before_hopper(width: int, dtype: torch.d
 
 def test_lengths_at_the_edges_of_blocks_and_tiles() -> None:
     _check(_case(3, 1, (15, 16, 17, 63, 64, 65, 1, 128), heads=(2, 1), width=16))
+
+
+def test_a_cache_of_more_numbers_than_an_int32_counts() -> None:
+    case = _case(3, 1, (40, 5), heads=(3, 3), width=64, dtype=torch.float16)
+    case.cache_keys, case.cache_values = _enlarge(case.cache_keys), _enlarge(case.cache_values)
+    out = case.run(candidate_attention, exact=True)
+    torch.testing.assert_close(out.double(), case.exact(), rtol=2e-3, atol=2e-3)
+    place = (slice(None), int(case.tables[0, 40 // BLOCK]), 40 % BLOCK)
+    assert torch.equal(case.cache_keys[place], case.key[0, :, 0])
+
+
+def _enlarge(cache: torch.Tensor) -> torch.Tensor:
+    """The same blocks in a cache whose third head begins more than 2³¹ numbers behind the first. As many lie before it,
+    where a product that overflows would end up. Only pages that are touched take memory on a CPU."""
+    heads, known, block, width = cache.shape
+    blocks = 2**30 // (block * width) + known
+    room = torch.empty(2**31 + heads * blocks * block * width, dtype=cache.dtype)
+    large = room[2**31 :].view(heads, blocks, block, width)
+    large[:, :known] = cache
+    return large
 
 
 @pytest.mark.parametrize("splits", [1, 2, 8])

@@ -76,7 +76,7 @@ def test_the_monte_carlo_kl_is_unbiased_and_as_uncertain_as_its_standard_error_s
     deviation = float(((p * ratio.square()).sum() - exact**2).sqrt())
     seeds = 2000
     first = random.randrange(2**31)
-    generators = [torch.Generator().manual_seed(first + n) for n in range(seeds)]
+    generators = [_generator(first + n) for n in range(seeds)]
     estimates = sample_kl(logits.expand(seeds, -1), base.expand(seeds, -1), samples, generators).double()
     # Five standard errors: wrongly failed once in two million; a bias of a fifth of one draw's deviation is found.
     assert abs(float(estimates.mean()) - exact) < 5 * deviation / (seeds * samples) ** 0.5
@@ -85,7 +85,12 @@ def test_the_monte_carlo_kl_is_unbiased_and_as_uncertain_as_its_standard_error_s
 
 def test_the_same_seed_gives_the_same_estimate_whatever_the_neighbours() -> None:
     logits, base = torch.randn(3, 300), torch.randn(3, 300)
-    together = sample_kl(logits, base, 100, [torch.Generator().manual_seed(n) for n in range(3)])
+    together = sample_kl(logits, base, 100, [_generator(n) for n in range(3)])
     for n in range(3):
-        alone = sample_kl(logits[n : n + 1], base[n : n + 1], 100, [torch.Generator().manual_seed(n)])
+        alone = sample_kl(logits[n : n + 1], base[n : n + 1], 100, [_generator(n)])
         assert float(alone) == pytest.approx(float(together[n]), abs=1e-6)
+
+
+def _generator(seed: int) -> torch.Generator:
+    """On the device where the tests' tensors are."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)

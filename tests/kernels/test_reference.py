@@ -9,9 +9,7 @@ from steersman.kernels.reference import select_candidates, write_candidates
 @pytest.mark.parametrize("vocabulary", [300, 4099, 50257])
 @pytest.mark.parametrize("k", [1, 7, 64])
 def test_candidates_are_the_largest_logits_in_order(vocabulary: int, k: int) -> None:
-    seed = int(torch.randint(2**31, ()))
-    print(f"seed {seed}")
-    logits = torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(seed))
+    logits = torch.randn(5, vocabulary)
     logits[1, ::2] = -torch.inf
     logits[2] = -torch.inf
     logits[2, :3] = torch.tensor([1.0, 3.0, 2.0])
