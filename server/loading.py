@@ -20,6 +20,7 @@ from steersman.guidance.request import BestOfN, Blockwise, parse_guidance
 from steersman.guidance.reward_loading import load_reward_model
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
+from steersman.server.compilation import compile_sampling_kernels
 from steersman.server.config import CONFIG_KEY, load_config
 from steersman.server.metrics.worker import WorkerMetrics
 from steersman.server.watchdog import Watchdog
@@ -36,6 +37,8 @@ class Destination:
     cache_bytes: int
     """Of each model."""
     max_rows: int
+    vocabulary: int
+    """Of the base model's logits."""
 
 
 class WorkerRuntime(GuidanceRuntime):
@@ -91,7 +94,9 @@ def build_runtime(vllm_config: Any, device: torch.device) -> WorkerRuntime:
     model_config = vllm_config.model_config
     tokenizer = load_tokenizer(model_config.tokenizer, model_config.trust_remote_code)
     rows = vllm_config.scheduler_config.max_num_seqs
-    destination = Destination(tokenizer, model_config.dtype, device, config.cache_bytes_per_model, rows)
+    destination = Destination(
+        *(tokenizer, model_config.dtype, device, config.cache_bytes_per_model, rows, model_config.get_vocab_size())
+    )
     options: dict[str, Any] = {
         **{name: getattr(destination, name) for name in ("dtype", "device", "cache_bytes", "max_rows")},
         "trust_remote_code": model_config.trust_remote_code,
@@ -108,6 +113,8 @@ def build_runtime(vllm_config: Any, device: torch.device) -> WorkerRuntime:
         runtime = WorkerRuntime({}, tokenizer.eos_token_id)
         runtime.refusal = str(error)
         return runtime
+    if rewards or policies:
+        compile_sampling_kernels(destination.vocabulary, device)
     runtime = WorkerRuntime(rewards, tokenizer.eos_token_id, policies, side)
     parallel = vllm_config.parallel_config
     if parallel.rank % parallel.tensor_parallel_size == 0 or parallel.enable_batch_sharded_sampling:

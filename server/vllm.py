@@ -32,6 +32,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from steersman.server.adapters import attach_adapter
+
 __all__ = [
     "AsyncEngineArgs",
     "ChatCompletionRequest",
@@ -68,18 +70,12 @@ __all__ = [
 _LAST_CONNECTIONS_S = 5
 """Once nothing is answered any more, a client that does not read what was sent is not waited for."""
 
-_PROCESSORS = {
-    False: "steersman.server.logits_v1:GuidanceLogitsProcessor",
-    True: "steersman.server.logits_v2:GuidanceLogitsProcessor",
-}
-
 
 @asynccontextmanager
 async def build_engine(engine_args: AsyncEngineArgs) -> AsyncIterator[AsyncLLM]:
     """vLLM's engine with the guidance processor that fits its model runner."""
     vllm_config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    own = _PROCESSORS[bool(vllm_config.use_v2_model_runner)]
-    vllm_config.model_config.logits_processors = [*(vllm_config.model_config.logits_processors or []), own]
+    attach_adapter(vllm_config)
     engine = AsyncLLM.from_vllm_config(
         vllm_config=vllm_config,
         usage_context=UsageContext.OPENAI_API_SERVER,

@@ -15,8 +15,9 @@ Guidances = Sequence[dict[str, Any] | None]
 def step(
     runtime: GuidanceRuntime, logits: torch.Tensor, prompts: Sequence[list[int]], guidances: Guidances
 ) -> torch.Tensor:
-    """One step over a copy of `logits` [B, V] for new requests; None leaves a row unguided. Leaves nothing behind."""
-    guided = logits.clone()
+    """One step over a copy of `logits` [B, V] for new requests, on the models' device; None leaves a row unguided.
+    Leaves nothing behind."""
+    guided = logits.to(_device(runtime), copy=True)
     rows = []
     for n, (prompt, guidance) in enumerate(zip(prompts, guidances, strict=True)):
         if guidance is not None:
@@ -25,7 +26,13 @@ def step(
     for row in rows:
         assert row.request.error is None, row.request.error
         runtime.finish(row.request.key, [])
-    return guided
+    return guided.to(logits.device)
+
+
+def _device(runtime: GuidanceRuntime) -> torch.device:
+    """Where the auxiliary models are."""
+    model: Any = next(iter([*runtime.reward_models.values(), *runtime.policies.values()]))
+    return torch.device(model.model.device)
 
 
 def assert_zero_strength_keeps_the_supports_logits(

@@ -13,11 +13,13 @@ from steersman.guidance.reference import ReferenceModels, reference_step
 from steersman.guidance.request import parse_guidance
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
+from steersman.kernels.launch import Launch
+from steersman.kernels.production import attention_launches, sampling_launches
 from tests import laws
-from tests.support.gpu_runtime import acting_as_gpu, count_launches, load_gpu_runtime
+from tests.support.gpu_runtime import DEVICE, acting_as_gpu, count_launches, load_gpu_runtime
 from tests.support.oracle import causal_rewards, language_model, load_oracle, plan_of, vocabulary_rewards
+from tests.support.random_input import random_prompts
 from tests.support.tiny import VOCABULARY
-from tests.support.traffic import random_prompts
 
 METHODS: dict[str, dict[str, Any]] = {
     "one reward": {"method": "pargs", "reward_model": "first", "beta": 1.4, "top_k": 6},
@@ -86,6 +88,31 @@ def test_rows_that_ask_for_other_things_do_not_touch_one_another(
     laws.assert_batched_equals_single(on_kernels, 2 * torch.randn(5, VOCABULARY), prompts, guidances)
 
 
+def test_what_steps_launch_has_been_compiled_before(
+    on_kernels: GuidanceRuntime, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling within a step would hold every stream up for seconds."""
+    compiled = {launch.variant for launch in sampling_launches(VOCABULARY).values()}
+    for width, heads, shared in ((32, 1, 2), (32, 2, 1)):
+        compiled |= {launch.variant for launch in attention_launches(torch.float32, width, heads, shared).values()}
+    found: set[tuple[Any, ...]] = set()
+    run = Launch.run
+
+    def note(launch: Launch) -> None:
+        found.add(launch.variant)
+        run(launch)
+
+    monkeypatch.setattr(Launch, "run", note)
+    monte_carlo = {"estimator": "monte_carlo", "samples": 64}
+    methods = [*METHODS.values(), {**METHODS["a threshold"], **monte_carlo}]
+    prompts = random_prompts(rng, len(methods), longest=60)
+    laws.step(on_kernels, 2 * torch.randn(len(methods), VOCABULARY), prompts, methods)
+    laws.step(on_kernels, 2 * torch.randn(1, VOCABULARY), prompts[:1], methods[:1])
+    kernels = {variant[0] for variant in found}
+    assert kernels == {"_scan", "_finish", "_rerank", "_stream", "_sample", "_blend", "_attend", "_merge"}
+    assert not found - compiled
+
+
 def test_an_answer_is_the_references_token_by_token(
     on_kernels: GuidanceRuntime, models: Path, rng: random.Random
 ) -> None:
@@ -96,7 +123,7 @@ def test_an_answer_is_the_references_token_by_token(
     answer: list[int] = []
     while len(answer) < 12 and 1 not in answer:
         row.output = list(answer)
-        logits = oracle.logits([*prompt, *answer]).unsqueeze(0).clone()
+        logits = oracle.logits([*prompt, *answer]).unsqueeze(0).to(DEVICE, copy=True)
         on_kernels.step(logits, [row])
         answer.append(int(logits.argmax()))
     report = on_kernels.finish("answer", answer)
