@@ -20,7 +20,7 @@ from trl.trainer.reward_config import RewardConfig
 
 from steersman.benchmarks.calibration_error import Rewards
 from steersman.benchmarks.calibration_report import Kind, report
-from steersman.benchmarks.common import RESULTS
+from steersman.benchmarks.common.results import RESULTS
 from steersman.benchmarks.enumerable import PROMPT, Prefix, World, save_start
 from steersman.training.accuracy import score_ends
 from steersman.training.reward import train_reward

@@ -17,10 +17,10 @@ from steersman.benchmarks.calibration_error import (
     correlate_unfinished,
     loss_of,
 )
+from steersman.benchmarks.common.rendering import BLUE, GREY, ORANGE, RED
 from steersman.benchmarks.enumerable import World
 from steersman.benchmarks.statistics import Estimate, estimate
 from steersman.benchmarks.sweep import Finding
-from steersman.benchmarks.tables import BLUE, GREY, ORANGE, RED
 
 
 @dataclass(frozen=True)

@@ -1,48 +1,53 @@
-"""What `benchmarks.kernels` compares: each kernel's shapes, random inputs, bytes that must move, and its rivals."""
+"""What `benchmarks.kernels` compares: each kernel's shapes, random inputs, bytes that must move, rivals and truth."""
 
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from steersman.kernels import reference
+from steersman.benchmarks import rivals
 from steersman.kernels.arguments import BlendRows, RewardTerms
 
 OURS, EAGER, COMPILED = "steersman", "torch", "torch.compile"
 ROWS_AND_VOCABULARY = ((1, 128_256), (8, 128_256), (64, 128_256), (256, 32_000))
 
-Version = Callable[..., Any]
+Tensors = tuple[torch.Tensor, ...]
+Version = Callable[..., Tensors]
 Inputs = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Contest:
-    """One kernel at one shape."""
+    """One kernel at one shape. Every version takes the same inputs and returns the same outputs."""
 
     kernel: str
     shape: str
+    rows: int
     floor_bytes: int
     """Least that has to be read and written."""
     make_inputs: Callable[[], Inputs]
-    """Fresh random arguments, the same for every version."""
+    """Fresh random arguments."""
     versions: dict[str, Version]
+    truth: Version
+    """The outputs from float64."""
+    limit: float = 1e-4
+    """On the error of an output over its size."""
+    unordered: frozenset[int] = field(default=frozenset())
+    """Outputs that are not compared: ids of tied entries, whose order is torch's own in its versions."""
 
 
 def all_contests(
     device: torch.device, sizes: Sequence[tuple[int, int]] = ROWS_AND_VOCABULARY, context: int = 1024
 ) -> Iterator[Contest]:
-    """Every kernel at every size; contexts of `context` tokens for attention."""
-    for rows, vocabulary in sizes:
+    """Every kernel at every size, the largest sizes first; contexts of `context` tokens for attention."""
+    for rows, vocabulary in sorted(sizes, reverse=True):
         for dtype in (torch.float32, torch.bfloat16):
             for k in (10, 64):
                 yield _topk(device, rows, vocabulary, k, dtype)
         yield _rerank(device, rows, vocabulary)
         for samples in (0, 1000):
             yield _blend(device, rows, vocabulary, samples)
-    for rows in dict.fromkeys(rows for rows, _ in sizes):
         yield _attention(device, rows, context)
 
 
@@ -52,57 +57,45 @@ def _topk(device: torch.device, rows: int, vocabulary: int, k: int, dtype: torch
     workspace = make_workspace(rows, vocabulary, device)
     versions: dict[str, Version] = {
         OURS: lambda logits: topk_logprobs(logits, k, workspace),
-        **_twins(partial(_topk_twin, k)),
+        EAGER: lambda logits: rivals.topk(logits, k),
+        COMPILED: _compiled(lambda logits: rivals.topk(logits, k)),
+        **rivals.other_topks(device, k),
     }
-    if importlib.util.find_spec("flashinfer") is not None:
-        flashinfer = importlib.import_module("flashinfer")
-        # Without log-probabilities: it does less.
-        versions["FlashInfer top_k"] = lambda logits: flashinfer.top_k(logits, k, sorted=True)
-    versions |= _vllms_topk(device, k)
     return Contest(
         f"topk_logprobs, k = {k}, {_short(dtype)}",
         f"({rows}, {vocabulary})",
+        rows,
         rows * vocabulary * dtype.itemsize,
-        lambda: (3 * torch.randn(rows, vocabulary, device=device).to(dtype),),
+        lambda: ((3 * torch.randn(rows, vocabulary, device=device)).to(dtype),),
         versions,
+        lambda logits: rivals.topk(logits.double(), k),
+        unordered=frozenset({0}),
     )
 
 
-def _vllms_topk(device: torch.device, k: int) -> dict[str, Version]:
-    """vLLM's own way to top log-probabilities: torch's selection, then a kernel that normalises. For GPUs only."""
-    if device.type != "cuda":
-        return {}
-    try:
-        from vllm.v1.worker.gpu.sample.logprob import compute_token_logprobs
-    except ImportError:
-        return {}
-    return {"vLLM": lambda logits: compute_token_logprobs(logits, logits.topk(k, dim=-1).indices)}
-
-
-def _topk_twin(k: int, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return reference.topk_logprobs(logits, k)
-
-
-def _rerank(device: torch.device, rows: int, vocabulary: int, k: int = 10, width: int = 896) -> Contest:
+def _rerank(device: torch.device, rows: int, vocabulary: int, k: int = 10) -> Contest:
     from steersman.kernels.rerank import reward_rerank
 
     def make_inputs() -> Inputs:
-        ids = torch.rand(rows, vocabulary, device=device).topk(k).indices.int()
         strength, scale, shift = torch.rand(3, rows, 1, device=device)
-        terms = RewardTerms(strength, scale, shift, torch.zeros(rows, 1, device=device).int())
-        hidden, heads = torch.randn(rows, k, width, device=device), torch.randn(1, width, device=device)
+        terms = RewardTerms(strength, scale, shift, torch.zeros(rows, 1, device=device, dtype=torch.int32))
         return (
-            *(torch.empty(rows, vocabulary, device=device), torch.arange(rows, device=device, dtype=torch.int32), ids),
-            *(torch.randn(rows, k, device=device).log_softmax(-1), terms, torch.empty(rows, 1, k, device=device)),
-            *(hidden.bfloat16(), heads.bfloat16(), torch.zeros(1, device=device)),
-        )
+            torch.empty(rows, vocabulary, device=device), torch.arange(rows, device=device, dtype=torch.int32),
+            torch.rand(rows, vocabulary, device=device).topk(k).indices.int(),
+            torch.randn(rows, k, device=device).log_softmax(-1), terms, torch.randn(rows, 1, k, device=device),
+        )  # fmt: skip
+
+    def ours(logits: torch.Tensor, *rest: Any) -> Tensors:
+        return reward_rerank(logits, *rest), logits
 
     return Contest(
-        f"reward_rerank, k = {k}, D = {width}",
+        f"reward_rerank, k = {k}",
         f"({rows}, {vocabulary})",
-        rows * (vocabulary * 4 + k * width * 2),
+        rows,
+        rows * vocabulary * 4,
         make_inputs,
-        {OURS: reward_rerank, **_twins(reference.reward_rerank)},
+        {OURS: ours, EAGER: rivals.rerank, COMPILED: _compiled(rivals.rerank)},
+        lambda logits, *rest: rivals.rerank(logits.double(), *rest),
     )
 
 
@@ -119,15 +112,20 @@ def _blend(device: torch.device, rows: int, vocabulary: int, samples: int) -> Co
         )  # fmt: skip
         return (*(torch.randn(rows, vocabulary, device=device) for _ in range(2)), asked)
 
+    def ours(base: torch.Tensor, policy: torch.Tensor, asked: BlendRows) -> Tensors:
+        return policy_blend(base, policy, asked, workspace, samples).kl, base
+
+    def rival(base: torch.Tensor, policy: torch.Tensor, asked: BlendRows) -> Tensors:
+        return rivals.blend(base, policy, asked, samples)
+
     return Contest(
         f"policy_blend, {f'{samples} samples' if samples else 'exact'}",
         f"({rows}, {vocabulary})",
+        rows,
         3 * rows * vocabulary * 4,
         make_inputs,
-        {
-            OURS: lambda base, policy, asked: policy_blend(base, policy, asked, workspace, samples),
-            **_twins(lambda base, policy, asked: reference.policy_blend(base, policy, asked, samples)),
-        },
+        {OURS: ours, EAGER: rival, COMPILED: _compiled(rival)},
+        lambda base, policy, asked: rivals.blend(base.double(), policy.double(), asked, 0),
     )
 
 
@@ -136,25 +134,40 @@ def _attention(device: torch.device, rows: int, context: int, k: int = 10) -> Co
 
     heads, shared, width, block = 8, 2, 128, 16
     wide = context // block + 1
+    # Triton's interpreter cannot multiply matrices in bfloat16.
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
 
     def make_inputs() -> Inputs:
-        fed = torch.randn(rows, 1 + k, heads * (shared + 2), width, device=device).bfloat16().transpose(1, 2)
-        caches = [torch.randn(heads, rows * wide, block, width, device=device).bfloat16() for _ in range(2)]
+        fed = torch.randn(rows, 1 + k, heads * (shared + 2), width, device=device).to(dtype).transpose(1, 2)
+        caches = [torch.randn(heads, rows * wide, block, width, device=device).to(dtype) for _ in range(2)]
         tables = torch.randperm(rows * wide, device=device).view(rows, wide)
         lengths = torch.full((rows,), context, device=device, dtype=torch.int32)
         return (*fed.split([heads * shared, heads, heads], dim=1), *caches, tables, lengths, k, width**-0.5)
 
+    def ours(*inputs: Any) -> Tensors:
+        return (candidate_attention(*inputs),)
+
+    def truth(*inputs: Any) -> Tensors:
+        return rivals.attention(*(x.double() if _is_float(x) else x for x in inputs))
+
     return Contest(
         f"candidate_attention, k = {k}, {heads} heads of {width}, context {context}",
         f"({rows})",
+        rows,
         2 * rows * heads * width * 2 * context,
         make_inputs,
-        {OURS: candidate_attention, **_twins(reference.candidate_attention)},
+        {OURS: ours, EAGER: rivals.attention, COMPILED: _compiled(rivals.attention)},
+        truth,
+        limit=torch.finfo(dtype).eps,
     )
 
 
-def _twins(twin: Version) -> dict[str, Version]:
-    return {EAGER: twin, COMPILED: torch.compile(twin, dynamic=False)}
+def _compiled(version: Version) -> Version:
+    return torch.compile(version, dynamic=False, fullgraph=True)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from steersman.benchmarks.common import demo_server, read_prompts
+from steersman.benchmarks.common.demo import demo_server, read_prompts
 from steersman.benchmarks.load import METHODS
 from steersman.benchmarks.load_traffic import PLAIN, Arm, Traffic, send
 from steersman.benchmarks.prometheus import Prometheus, run_prometheus

@@ -23,9 +23,10 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from steersman.benchmarks.common import RESULTS, write_json
+from steersman.benchmarks.common.rendering import BLUE, GREEN, ORANGE, RED, markdown, terminal
+from steersman.benchmarks.common.results import RESULTS, write_json
 from steersman.benchmarks.shapes import SHAPES, save_auxiliary, save_base
-from steersman.benchmarks.tables import BLUE, GREEN, ORANGE, RED, markdown, terminal
+from steersman.server.adapters import attach_adapter
 from steersman.server.config import CONFIG_KEY, ServerConfig
 
 GUIDANCE: dict[str, dict[str, Any] | None] = {
@@ -147,9 +148,9 @@ def start_engine(
         "gpu_memory_utilization": args.gpu_memory_utilization,
         "additional_config": {CONFIG_KEY: config.dump()},
     }
-    second = bool(getattr(EngineArgs(**options).create_engine_config(), "use_v2_model_runner", False))
-    adapter = f"steersman.server.logits_{'v2' if second else 'v1'}:GuidanceLogitsProcessor"
-    engine = LLM(**options, logits_processors=[adapter])
+    chosen = EngineArgs(**options).create_engine_config()
+    attach_adapter(chosen)
+    engine = LLM(**options, logits_processors=chosen.model_config.logits_processors)
     vocabulary = SHAPES[args.base].vocabulary
 
     def generate(method: str, sequences: int, tokens: int) -> float:

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from steersman.benchmarks import frontier, signals, steering
 from steersman.benchmarks.answers import Answers, connected
-from steersman.benchmarks.common import RESULTS, demo_server
+from steersman.benchmarks.common.demo import demo_server
+from steersman.benchmarks.common.results import RESULTS
 from steersman.benchmarks.quality import ask_shown, progress_bar
 from steersman.benchmarks.runs import one_thread
 from steersman.benchmarks.seeds import SEEDS, policy_folder, train_missing

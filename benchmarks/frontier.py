@@ -6,6 +6,7 @@ Shallow Preference Signals, §3.3 and §4: length control and KL threshold are s
 import statistics
 from typing import Any
 
+from steersman.benchmarks.common.rendering import BLUE, GREEN, GREY, ORANGE, RED, VIOLET
 from steersman.benchmarks.settings import Setting
 from steersman.benchmarks.statistics import Estimate, estimate, height_over_curve
 from steersman.benchmarks.steering import first_tokens, pargs
@@ -21,7 +22,6 @@ from steersman.benchmarks.sweep import (
     per_seed,
     say,
 )
-from steersman.benchmarks.tables import BLUE, GREEN, GREY, ORANGE, RED, VIOLET
 
 MIXING = Curve(
     "mixing", "a", (0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5), lambda p, a: {"method": "mixed", "policy": p, "mix": a}

@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from steersman.benchmarks.common import RESULTS, demo_server, read_prompts
+from steersman.benchmarks.common.demo import demo_server, read_prompts
+from steersman.benchmarks.common.results import RESULTS
 from steersman.benchmarks.load_tables import Line, Objective, find, summarise
 from steersman.benchmarks.load_traffic import PLAIN, Arm, Measured, Traffic, send
 from steersman.benchmarks.quality import progress_bar

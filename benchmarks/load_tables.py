@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from steersman.benchmarks.common.rendering import BLUE, GREEN, GREY, ORANGE, RED, VIOLET
 from steersman.benchmarks.load_traffic import PLAIN, Measured, Sent
 from steersman.benchmarks.statistics import Estimate, estimate
 from steersman.benchmarks.sweep import Finding
-from steersman.benchmarks.tables import BLUE, GREEN, GREY, ORANGE, RED, VIOLET
 
 _COLOURS = (GREY, BLUE, GREEN, ORANGE, RED, VIOLET, "#8ecae6", "#023047", "#b5838d", "#606c38", "#000000")
 

@@ -19,8 +19,9 @@ import aiohttp
 from rich.console import Console
 from rich.progress import track
 
-from steersman.benchmarks.common import RESULTS, demo_server, read_prompts, write_json
-from steersman.benchmarks.tables import markdown, terminal
+from steersman.benchmarks.common.demo import demo_server, read_prompts
+from steersman.benchmarks.common.rendering import markdown, terminal
+from steersman.benchmarks.common.results import RESULTS, write_json
 from steersman.demo import MODELS
 
 GUIDANCE: dict[str, Any] = {"method": "pargs", "reward_model": "helpful", "beta": 2.0, "top_k": 10}

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from steersman.benchmarks.answers import Answers
+from steersman.benchmarks.common.rendering import BLUE, GREY, ORANGE
 from steersman.benchmarks.statistics import Estimate, estimate
 from steersman.benchmarks.sweep import BASE, Finding, dump_sweep, of_sweep, over_seeds, per_seed, say
-from steersman.benchmarks.tables import BLUE, GREY, ORANGE
 from steersman.training.prefixes import SHARES
 
 

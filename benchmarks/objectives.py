@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steersman.benchmarks import objective_tables
 from steersman.benchmarks.answers import Answer, Answers, Server, connected, summarise
-from steersman.benchmarks.common import RESULTS, demo_server
+from steersman.benchmarks.common.demo import demo_server
+from steersman.benchmarks.common.results import RESULTS
 from steersman.benchmarks.objective_tables import METHODS, Measured, Method
 from steersman.benchmarks.plain_trl import PlainRun
 from steersman.benchmarks.quality import BETAS, ask_shown, progress_bar

@@ -15,7 +15,8 @@ from rich.progress import track
 from rich.table import Table
 
 from steersman.benchmarks.closed_loop import Load, Measurement, run_load
-from steersman.benchmarks.common import RESULTS, demo_server, read_prompts, write_json
+from steersman.benchmarks.common.demo import demo_server, read_prompts
+from steersman.benchmarks.common.results import RESULTS, write_json
 from steersman.benchmarks.naive import measure_naive
 
 GUIDANCE: dict[str, Any] = {"method": "pargs", "reward_model": "helpful", "beta": 1.5, "top_k": 10}

@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from steersman.benchmarks.answers import Answers, Server, Summary, ask, connected, summarise
-from steersman.benchmarks.common import RESULTS, demo_server, write_json
+from steersman.benchmarks.common.demo import demo_server
+from steersman.benchmarks.common.rendering import BLUE, ORANGE, RED, markdown, terminal
+from steersman.benchmarks.common.results import RESULTS, write_json
 from steersman.benchmarks.settings import (
     Prompt,
     Setting,
@@ -26,17 +28,7 @@ from steersman.benchmarks.settings import (
     read_settings,
     world_prompts,
 )
-from steersman.benchmarks.tables import (
-    BLUE,
-    ORANGE,
-    RED,
-    columns,
-    compare,
-    markdown,
-    p_matrix,
-    plot_settings,
-    terminal,
-)
+from steersman.benchmarks.tables import columns, compare, p_matrix, plot_settings
 
 BETAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _TUNING, _REPORTING = 60, 400

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from steersman.benchmarks.common import read_prompts
+from steersman.benchmarks.common.demo import read_prompts
 from steersman.guidance.request import GuidanceError, parse_guidance, policies, reward_models
 from steersman.training.world import gold
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from steersman.benchmarks.common.rendering import BLUE, GREY, ORANGE
 from steersman.benchmarks.seeds import REPEATED, SEEDS, policy_folder
 from steersman.benchmarks.settings import world_prompts
 from steersman.benchmarks.statistics import Estimate, estimate
 from steersman.benchmarks.sweep import Finding
-from steersman.benchmarks.tables import BLUE, GREY, ORANGE
 from steersman.demo import MODELS, WORLD
 from steersman.kernels.reference import measure_kl, sample_kl
 from steersman.training.accuracy import accuracy_of

@@ -14,7 +14,8 @@ import httpx
 import psutil
 from rich.console import Console
 
-from steersman.benchmarks.common import RESULTS, demo_server, read_prompts
+from steersman.benchmarks.common.demo import demo_server, read_prompts
+from steersman.benchmarks.common.results import RESULTS
 from steersman.benchmarks.load import METHODS
 from steersman.benchmarks.quality import progress_bar
 from steersman.benchmarks.soak_report import Done, Sample, Soak, find

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from steersman.benchmarks.common.rendering import BLUE, GREEN, GREY, ORANGE, RED, VIOLET
 from steersman.benchmarks.sweep import Finding
-from steersman.benchmarks.tables import BLUE, GREEN, GREY, ORANGE, RED, VIOLET
 
 WARM_UP = 0.2
 """Of the whole time; the rest is compared in windows of a fifth of it."""

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from steersman.benchmarks.common.rendering import BLUE, GREEN, GREY, ORANGE, RED
 from steersman.benchmarks.settings import Setting
 from steersman.benchmarks.statistics import Estimate, estimate
 from steersman.benchmarks.sweep import BASE, STRENGTH, Curve, Finding, Sweep, dump_sweep, of_sweep, over_seeds, per_seed
-from steersman.benchmarks.tables import BLUE, GREEN, GREY, ORANGE, RED
 
 BUDGETS: tuple[float | None, ...] = (None, 2.0, 5.0, 10.0)
 """Nats an answer."""

@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from steersman.benchmarks.answers import Answers, by_prompt
-from steersman.benchmarks.common import write_json
+from steersman.benchmarks.common.rendering import markdown, terminal
+from steersman.benchmarks.common.results import write_json
 from steersman.benchmarks.settings import Setting
 from steersman.benchmarks.statistics import Estimate, estimate
-from steersman.benchmarks.tables import markdown, terminal
 
 STRENGTH = 8.0
 """PARGS's β: the best for sampled answers on the tuning prompts, as `make evaluate` found it."""

@@ -1,15 +1,12 @@
-"""Tables of settings, as Markdown and on the terminal, and their pictures."""
+"""Tables of settings and their pictures."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from steersman.benchmarks.answers import Answers, Summary, by_prompt
+from steersman.benchmarks.common.rendering import BLUE, ORANGE
 from steersman.benchmarks.statistics import Estimate, wilcoxon
-
-BLUE, ORANGE, RED, GREEN, GREY, VIOLET = "#2a6f97", "#f4a261", "#e76f51", "#2a9d8f", "#6c757d", "#7b5ea7"
 
 
 def columns(rows: Sequence[Summary]) -> dict[str, list[str]]:
@@ -27,20 +24,6 @@ def columns(rows: Sequence[Summary]) -> dict[str, list[str]]:
         "saved by gates": [f"{row.saved_tokens:.1f}" if row.saved_tokens else "" for row in rows],
     }
     return {heading: column for heading, column in cells.items() if any(column)}
-
-
-def markdown(table: dict[str, list[str]]) -> str:
-    """A Markdown table of headings and their cells."""
-    lines = [table, ["---"] * len(table), *zip(*table.values(), strict=True)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def terminal(table: dict[str, list[str]], title: str | None = None) -> Table:
-    """The same for the terminal."""
-    shown = Table(*table, title=title)
-    for cells in zip(*table.values(), strict=True):
-        shown.add_row(*cells)
-    return shown
 
 
 def compare(answers: dict[str, Answers]) -> list[dict[str, Any]]:

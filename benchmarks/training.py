@@ -30,8 +30,8 @@ from transformers import (
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
-from steersman.benchmarks.common import RESULTS, environment, write_json
-from steersman.benchmarks.tables import markdown, terminal
+from steersman.benchmarks.common.rendering import markdown, terminal
+from steersman.benchmarks.common.results import RESULTS, environment, write_json
 from steersman.demo import MODELS, WORLD
 from steersman.training.data.preferences import TokenizedPreference, load_preferences
 from steersman.training.prefixes import ALL_PREFIXES

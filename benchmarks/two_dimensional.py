@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from steersman.benchmarks import two_dimensional_tables
-from steersman.benchmarks.common import RESULTS
+from steersman.benchmarks.common.results import RESULTS
 from steersman.benchmarks.policy_measures import MeasurePolicy
 from steersman.benchmarks.quality import progress_bar
 from steersman.benchmarks.runs import Pairs, Run, finish

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from steersman.benchmarks.common.rendering import BLUE, GREEN, GREY, ORANGE, RED, VIOLET
 from steersman.benchmarks.policy_measures import ASPECTS
 from steersman.benchmarks.statistics import Estimate, estimate
 from steersman.benchmarks.sweep import Finding, say
-from steersman.benchmarks.tables import BLUE, GREEN, GREY, ORANGE, RED, VIOLET
 
 RATES = (2.5e-4, 5e-4, 1e-3)
 

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ import transformers
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from tests.support import interpreted_triton  # noqa: F401
-from tests.support.server import V2_ENVIRONMENT, Server
 from tests.support.tiny import (
     VOCABULARY,
     build_tokenizer,
@@ -21,6 +20,9 @@ from tests.support.tiny import (
     save_reward,
     save_vocabulary_reward,
 )
+
+if TYPE_CHECKING:
+    from tests.support.server import Server
 
 # A second thread beside a busy server slows the first one down many times over.
 torch.set_num_threads(1)
@@ -97,16 +99,21 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Server"]:
     """A server with all the reward models, room for few tokens of the base (so that requests are preempted), and
     prompts read in pieces of at most 64 tokens."""
+    # A machine with a GPU runs the kernels' tests without the clients that a server's tests need.
+    from tests.support.server import Server
+
     with Server(tmp_path_factory.mktemp("server") / "log", *serve_flags(models)) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def server_v2(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server_v2(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Server"]:
     """The same over Model Runner V2, whose kernels run in Triton's interpreter."""
+    from tests.support.server import V2_ENVIRONMENT, Server
+
     log = tmp_path_factory.mktemp("v2") / "log"
     with Server(log, *serve_flags(models), environment=V2_ENVIRONMENT) as running:
         assert "Using V2 Model Runner" in log.read_text()

@@ -6,7 +6,8 @@ import statistics
 import pytest
 
 from steersman.benchmarks.answers import Answer, by_prompt, summarise
-from steersman.benchmarks.tables import columns, compare, markdown, p_matrix
+from steersman.benchmarks.common.rendering import markdown
+from steersman.benchmarks.tables import columns, compare, p_matrix
 
 
 @pytest.fixture

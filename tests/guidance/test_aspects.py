@@ -13,8 +13,8 @@ from steersman.guidance import reward_loading
 from steersman.guidance.auxiliary import Prefix
 from steersman.guidance.checkpoints import ModelRefused
 from steersman.guidance.reward_loading import inspect_checkpoint, load_reward_model
+from tests.support.random_input import random_prompts
 from tests.support.tiny import VOCABULARY, save_aspects
-from tests.support.traffic import random_prompts
 
 WEIGHTS = {"wit": 0.7, "care": -0.2, "calm": 1.5}
 

@@ -12,8 +12,8 @@ from steersman.guidance.request import GuidanceError
 from steersman.guidance.runtime import GuidanceRuntime
 from tests.support.distribution import CASES, DRAWS, check_draws
 from tests.support.oracle import load_oracle
+from tests.support.random_input import random_guidance, random_policy_guidance, random_prompts
 from tests.support.tiny import END
-from tests.support.traffic import random_guidance, random_policy_guidance, random_prompts
 
 
 @pytest.fixture(scope="module")

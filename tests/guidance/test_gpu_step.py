@@ -19,8 +19,8 @@ from steersman.guidance.transfer import LateReads
 from tests.support.device import LateSide, SlowCopy, forbid_host_reads
 from tests.support.gpu_runtime import DEVICE, acting_as_gpu, load_gpu_runtime
 from tests.support.oracle import causal_rewards, language_model, plan_of, vocabulary_rewards
+from tests.support.random_input import random_prompts
 from tests.support.tiny import VOCABULARY
-from tests.support.traffic import random_prompts
 
 UNWAITED: dict[str, dict[str, Any]] = {
     "rewards": {"method": "pargs", "reward_model": "first", "beta": 1.4, "top_k": 6},
@@ -143,6 +143,15 @@ def test_a_read_in_a_step_would_be_noticed(runtime: GuidanceRuntime, rng: random
     with pytest.raises(AssertionError, match="the host asks"), forbid_host_reads():
         runtime.step(2 * torch.randn(1, VOCABULARY, device=DEVICE), rows, last)
     decoding.finish()
+
+
+def test_a_wait_that_torch_itself_finds_is_told_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _: None)
+    with pytest.raises(AssertionError, match="the host asks"), forbid_host_reads():
+        raise RuntimeError("called a synchronizing CUDA operation")
+    with pytest.raises(RuntimeError, match="something else"), forbid_host_reads():
+        raise RuntimeError("something else")
 
 
 def test_a_failure_is_learned_late_and_until_then_the_base_decodes(

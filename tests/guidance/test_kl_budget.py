@@ -12,8 +12,8 @@ from steersman.guidance.kl_budget import SHARE, fit_budget
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
 from tests.support.oracle import plan_of
+from tests.support.random_input import random_prompts
 from tests.support.tiny import VOCABULARY
-from tests.support.traffic import random_prompts
 
 
 @pytest.fixture(scope="module")

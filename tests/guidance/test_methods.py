@@ -16,8 +16,8 @@ from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
 from tests import laws
 from tests.support.oracle import causal_rewards, language_model, plan_of
+from tests.support.random_input import any_guidance, random_prompts
 from tests.support.tiny import VOCABULARY
-from tests.support.traffic import any_guidance, random_prompts
 
 METHODS: dict[str, dict[str, Any]] = {
     "mixed": {"method": "mixed", "policy": "expert", "mix": 0.6},

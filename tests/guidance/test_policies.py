@@ -16,8 +16,8 @@ from steersman.guidance.policies import Policy, load_policy
 from steersman.guidance.readings import Readings
 from steersman.guidance.rows import GuidedRequest, Row
 from tests.support.oracle import plan_of
+from tests.support.random_input import random_prompts
 from tests.support.tiny import COMMON, VOCABULARY, build_tokenizer, randomise, save_adapter, save_base
-from tests.support.traffic import random_prompts
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 ARCHITECTURES: dict[str, dict[str, Any]] = {

@@ -18,8 +18,8 @@ from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
 from tests import laws
 from tests.support.oracle import causal_rewards, plan_of, text_rewards
+from tests.support.random_input import random_guidance, random_prompts
 from tests.support.tiny import END, VOCABULARY
-from tests.support.traffic import random_guidance, random_prompts
 
 NAMES = ("first", "second")
 

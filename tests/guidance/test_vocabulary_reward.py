@@ -13,8 +13,8 @@ from steersman.guidance.checkpoints import ModelRefused
 from steersman.guidance.reward_loading import load_reward_model
 from steersman.guidance.rewards import VocabularyReward
 from tests.support.oracle import vocabulary_rewards
+from tests.support.random_input import random_prompts
 from tests.support.tiny import VOCABULARY, save_reward, save_vocabulary_reward
-from tests.support.traffic import random_prompts
 
 
 @pytest.fixture

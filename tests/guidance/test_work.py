@@ -15,8 +15,8 @@ from steersman.guidance.report import Report
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
 from tests.support.oracle import plan_of
+from tests.support.random_input import random_prompts
 from tests.support.tiny import VOCABULARY
-from tests.support.traffic import random_prompts
 
 LENGTH = 12
 REWARDS = {"method": "pargs", "reward_model": "first", "top_k": 6}

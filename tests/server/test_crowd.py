@@ -6,8 +6,9 @@ import random
 import pytest
 
 from tests.server.polling import assert_no_block_stays_in_use
+from tests.support.random_input import any_guidance, random_prompts
 from tests.support.server import Server
-from tests.support.traffic import Asked, any_guidance, ask, random_prompts
+from tests.support.traffic import Asked, ask
 
 
 @pytest.mark.parametrize("guided_share", [0.5, 1.0])

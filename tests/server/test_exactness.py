@@ -8,17 +8,10 @@ import httpx
 import pytest
 
 from tests.support.oracle import Oracle, load_oracle
+from tests.support.random_input import any_guidance, random_prompts
 from tests.support.server import Server
 from tests.support.tiny import VOCABULARY
-from tests.support.traffic import (
-    Answered,
-    Asked,
-    any_guidance,
-    ask,
-    disconnect,
-    gather_limited,
-    random_prompts,
-)
+from tests.support.traffic import Answered, Asked, ask, disconnect, gather_limited
 
 GREEDY = 200
 CONCURRENCY = 32

@@ -5,8 +5,8 @@ import random
 
 from steersman.benchmarks.load_traffic import PLAIN, Arm, Traffic, send
 from tests.server.test_metrics import MIXED, PARGS
+from tests.support.random_input import random_prompts
 from tests.support.server import Server
-from tests.support.traffic import random_prompts
 
 
 def test_kinds_of_one_arm_are_sent_in_turn_and_seen_apart(server: Server, rng: random.Random) -> None:

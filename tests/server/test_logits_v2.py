@@ -22,8 +22,8 @@ from steersman.server.config import CONFIG_KEY
 from steersman.server.logits_v2 import GuidanceLogitsProcessor
 from tests.support.device import LateSide, SlowCopy
 from tests.support.oracle import Oracle, load_oracle
+from tests.support.random_input import any_guidance, random_prompts
 from tests.support.tiny import END
-from tests.support.traffic import any_guidance, random_prompts
 
 SLOTS = 6
 LONGEST = 160

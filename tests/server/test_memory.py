@@ -14,9 +14,10 @@ import pytest
 
 from steersman.guidance.cache import BLOCK_SIZE
 from tests.server.polling import assert_no_block_stays_in_use
+from tests.support.random_input import random_guidance, random_prompts
 from tests.support.server import Server
 from tests.support.tiny import END
-from tests.support.traffic import Asked, ask, disconnect, gather_limited, random_guidance, random_prompts
+from tests.support.traffic import Asked, ask, disconnect, gather_limited
 
 REQUESTS = 500
 CACHE_TOKENS = 768

@@ -12,8 +12,8 @@ from steersman.guidance.request import METHODS
 from tests.conftest import POISON
 from tests.server.polling import wait_until
 from tests.support.metrics import Series, growth, read_metrics, total
+from tests.support.random_input import random_prompts
 from tests.support.server import Server
-from tests.support.traffic import random_prompts
 
 PARGS = {"method": "pargs", "reward_model": "first", "beta": 1.5, "top_k": 6}
 MIXED = {"method": "mixed", "policy": "expert", "mix": 0.5}

@@ -8,9 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.support.oracle import causal_rewards, text_rewards
+from tests.support.random_input import random_prompts
 from tests.support.server import Server
 from tests.support.tiny import END
-from tests.support.traffic import random_prompts
 
 
 @pytest.mark.parametrize("name", ["first", "second"])

@@ -11,9 +11,10 @@ import pytest
 
 from tests.server.polling import HEALTH_LIMIT_S, wait_until, wait_until_unhealthy
 from tests.support.metrics import growth, read_metrics, total
+from tests.support.random_input import any_guidance, random_prompts
 from tests.support.server import Server
 from tests.support.streams import assert_all_failed, mixed_bodies, read_streams
-from tests.support.traffic import Answered, Asked, any_guidance, ask, gather_limited, random_prompts
+from tests.support.traffic import Answered, Asked, ask, gather_limited
 
 REWARDS, POLICIES = ("first", "second", "every"), ("expert", "other")
 

@@ -157,6 +157,10 @@ def forbid_host_reads() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("error")
         try:
             yield
+        except RuntimeError as error:
+            if "synchronizing" in str(error):
+                raise AssertionError(f"the host asks the device for values: {error}") from error
+            raise
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return

@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 
+from tests.support.random_input import random_prompts
 from tests.support.server import Server
-from tests.support.traffic import random_prompts
 
 GUIDED: dict[str, Any] = {"method": "pargs", "reward_model": "first", "beta": 1.5, "top_k": 5}
 

@@ -17,8 +17,8 @@ from steersman.server.dashboards.rules import ALERTS
 from tests.conftest import POISON
 from tests.server.polling import wait_until
 from tests.server.test_metrics import EVERY_METHOD, PARGS
+from tests.support.random_input import random_prompts
 from tests.support.server import Server
-from tests.support.traffic import random_prompts
 
 _VARIABLES = {"$__rate_interval": "1m", "$instance": ".*", "$method": ".*", "$model": ".*"}
 _LIMIT_S = 60

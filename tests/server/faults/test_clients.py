@@ -11,8 +11,8 @@ import pytest
 from tests.server.faults.supervised import SupervisedServer
 from tests.server.polling import assert_no_block_stays_in_use, wait_until
 from tests.support.metrics import growth, read_metrics, total
+from tests.support.random_input import random_prompts
 from tests.support.streams import GUIDED, Stream, read_streams, streamed
-from tests.support.traffic import random_prompts
 
 LEAVING = 100
 NEIGHBOURS = 6

@@ -6,8 +6,8 @@ from tests.server.faults.supervised import SupervisedServer
 from tests.server.polling import assert_no_block_stays_in_use
 from tests.support.faulty.sitecustomize import FAULTS
 from tests.support.metrics import growth, read_metrics, total
+from tests.support.random_input import random_prompts
 from tests.support.streams import GUIDED, read_streams, streamed
-from tests.support.traffic import random_prompts
 
 RAISING = {**GUIDED, "reward_model": "raising"}
 HARMLESS = {str(FAULTS["raising"]): -100}

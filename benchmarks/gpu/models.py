@@ -1,0 +1,91 @@
+"""The models of `guided_step`: a base, and reward models and policies of given shapes with random weights."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from steersman.benchmarks.gpu.base_step import BaseStep
+from steersman.benchmarks.gpu.decoding import Decoding, Method, synchronise
+from steersman.benchmarks.gpu.findings import Findings
+from steersman.benchmarks.shapes import SHAPES
+from steersman.guidance.cached import make_ready
+from steersman.guidance.overlap import make_side_stream
+from steersman.guidance.policies import Policy
+from steersman.guidance.rewards import CausalReward, VocabularyReward
+from steersman.guidance.runtime import GuidanceRuntime
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is loaded."""
+
+    base: str
+    auxiliary: str
+    policy: str | None
+    context: int
+    steps: int
+    most_sequences: int
+    cache_gib: float
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a sequence comes to have."""
+        return self.context + self.steps + 16
+
+
+def _pargs(model: str) -> dict[str, Any]:
+    return {"method": "pargs", "reward_model": model, "top_k": 10, "beta": 1.0}
+
+
+METHODS = {
+    "plain": Method(None, None),
+    "candidate scoring": Method("candidates", _pargs("candidates")),
+    "vocabulary head": Method("vocabulary", _pargs("vocabulary")),
+    "vocabulary head, one stream": Method("vocabulary", _pargs("vocabulary"), beside=False),
+    "mixed": Method("policy", {"method": "mixed", "policy": "policy", "mix": 0.5}),
+}
+
+
+def load_decoding(sizes: Sizes, device: torch.device, findings: Findings) -> Decoding:
+    """Makes every model, captures its step and checks it, with a finding for each."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shape, vocabulary = SHAPES[sizes.base], SHAPES[sizes.base].vocabulary
+    began = time.perf_counter()
+    base = BaseStep(shape, vocabulary, sizes.context, dtype, device)
+    synchronise(device)
+    findings.add("loaded", model=f"base, {sizes.base}", seconds=round(time.perf_counter() - began, 1))
+    cache, rows = int(sizes.cache_gib * 2**30), sizes.most_sequences
+
+    def draw(name: str, **changes: Any) -> Any:
+        config = SHAPES[name].config(sizes.longest, **changes)
+        config.vocab_size = vocabulary
+        family = transformers.AutoModelForSequenceClassification if changes else transformers.AutoModelForCausalLM
+        with device:
+            return family.from_config(config, dtype=dtype).eval()
+
+    makers: dict[str, Callable[[], Any]] = {
+        "candidates": lambda: CausalReward(draw(sizes.auxiliary, num_labels=1), "candidates", cache, rows),
+        "vocabulary": lambda: VocabularyReward(draw(sizes.auxiliary), "vocabulary", cache, rows),
+    }
+    if sizes.policy is not None:
+        policy_shape = sizes.policy
+        makers["policy"] = lambda: Policy(draw(policy_shape), "policy", cache, rows)
+    models: dict[str, Any] = {}
+    for name, make in makers.items():
+        began = time.perf_counter()
+        models[name] = make()
+        make_ready(models[name])
+        synchronise(device)
+        facts = models[name].describe()
+        findings.add(
+            "loaded", model=name, seconds=round(time.perf_counter() - began, 1), weight_bytes=facts["weight_bytes"],
+            graphs=models[name].model.sizes,
+        )  # fmt: skip
+    rewards = {name: model for name, model in models.items() if name != "policy"}
+    policies = {"policy": models["policy"]} if "policy" in models else {}
+    runtime = GuidanceRuntime(rewards, 1, policies, make_side_stream(device))
+    return Decoding(base, runtime, models, METHODS, sizes.context, device)
