@@ -12,6 +12,7 @@ from steersman.guidance.policies import Policy
 from steersman.guidance.readings import Readings
 from steersman.guidance.rewards import RewardModel, VocabularyReward
 from steersman.guidance.rows import LastTokens, Row
+from steersman.guidance.tokenizers import name_model
 from steersman.guidance.transfer import LateReads, to_device
 from steersman.guidance.work import Failure, Work
 
@@ -52,6 +53,11 @@ class Auxiliaries:
         self._late = late
         self._work = work
         self._ahead: dict[str, _Ahead] = {}
+
+    @property
+    def by_name(self) -> dict[str, RewardModel | Policy]:
+        """Reward models and policies."""
+        return {**self.reward_models, **self.policies}
 
     def add(self, model: RewardModel | Policy) -> None:
         """From the next step on it may be asked by its name."""
@@ -94,6 +100,11 @@ class Auxiliaries:
 
         self._late.read(broken, use)
 
+    def find_narrower(self, vocabulary: int) -> dict[str, int]:
+        """Models whose token ids are fewer than the base's logits, which may be padded, and how many they read."""
+        sizes = {name: model.vocabulary for name, model in self.by_name.items()}
+        return {name: size for name, size in sizes.items() if size is not None and size < vocabulary}
+
     def plan_ahead(self, rows: Sequence[Row]) -> dict[str, list[Row]]:
         """Rows by the model that their next step needs whatever the base says, where it has read the rows so far."""
         self._ahead.clear()
@@ -129,11 +140,11 @@ class Auxiliaries:
             if row.request.error is None and not readings.has(name, row):
                 groups.setdefault(name, {})[row.index] = row
         for name, group in groups.items():
-            rest = self._take_ahead(readings, name, list(group.values()))
+            rest = self._take_ahead(readings, name, list(group.values()), last)
             if rest:
                 self._read_now(readings, name, rest, last)
 
-    def _take_ahead(self, readings: Readings, name: str, rows: list[Row]) -> list[Row]:
+    def _take_ahead(self, readings: Readings, name: str, rows: list[Row], last: LastTokens) -> list[Row]:
         ahead = self._ahead.get(name)
         if ahead is None:
             return rows
@@ -142,7 +153,7 @@ class Auxiliaries:
             lines = [ahead.lines[row.request.key, len(row.prefix)] for row in there]
             whole = lines == list(range(len(ahead.logits)))
             logits = ahead.logits if whole else ahead.logits[to_device(lines, ahead.logits.device)]
-            self._add(readings, name, there, logits, [0] * len(there))
+            self._add(readings, name, there, logits, [0] * len(there), last)
         return [row for row in rows if (row.request.key, len(row.prefix)) not in ahead.lines]
 
     def _read_now(self, readings: Readings, name: str, rows: list[Row], last: LastTokens) -> None:
@@ -153,10 +164,21 @@ class Auxiliaries:
             part = [rows[g] for g in places]
             return model.read([row.prefix for row in part], last.of(part))
 
-        self._add(readings, name, rows, *self._ask(name, rows, ask))
+        self._add(readings, name, rows, *self._ask(name, rows, ask), last)
 
-    def _add(self, readings: Readings, name: str, rows: list[Row], logits: torch.Tensor, caught_up: list[int]) -> None:
-        failure = Failure(name, "not_finite", f"{self._label(name)} returned logits that are not finite numbers")
+    def _add(
+        self,
+        readings: Readings,
+        name: str,
+        rows: list[Row],
+        logits: torch.Tensor,
+        caught_up: list[int],
+        last: LastTokens,
+    ) -> None:
+        logits = self._spoil_unreadable(self.readers[name], rows, logits, last, readings.vocabulary)
+        failure = Failure(
+            name, "not_finite", f"{name_model(self.readers[name])} returned logits that are not finite numbers"
+        )
         self.fail_where(rows, ~(logits < torch.inf).all(dim=-1), lambda _: failure)
         good = [g for g, row in enumerate(rows) if row.request.error is None]
         if good:
@@ -190,6 +212,7 @@ class Auxiliaries:
             else:
                 tokens = [self.reward_models[name].tokens_per_step(formulas[g]) for g in lines]
                 scored = self._score_with(name, asked, candidates, end_token, tokens, last)
+                scored = self._spoil_unreadable(self.reward_models[name], asked, scored, last, readings.vocabulary)
             if terms == 1 and len(places) == len(rows):
                 return scored.unsqueeze(1)
             if rewards is None:
@@ -237,13 +260,29 @@ class Auxiliaries:
             row.request.count_reward_model(read_before + tokens, row.caught_up(read_before) if tokens else 0)
         return scored.to(candidates.device)
 
+    def _spoil_unreadable(
+        self, model: Policy | RewardModel, rows: list[Row], outputs: torch.Tensor, last: LastTokens, vocabulary: int
+    ) -> torch.Tensor:
+        """Fails the rows whose last token, which the host may not know yet, the model cannot read. Their outputs are
+        NaN, so that the base decodes them until the host learns of it.
+
+        outputs: [len(rows), width] of the model. vocabulary: width of the base's logits.
+        """
+        if model.vocabulary is None or model.vocabulary >= vocabulary:
+            return outputs
+        unreadable = last.of(rows) >= model.vocabulary
+        reason = (
+            f"{name_model(model)} could not read the answer: it reads the token ids 0 to {model.vocabulary - 1}, and "
+            "the last token lies beyond"
+        )
+        failure = Failure(model.name, "raised", reason)
+        self.fail_where(rows, unreadable, lambda _: failure)
+        return outputs.masked_fill(unreadable.to(outputs.device).unsqueeze(-1), torch.nan)
+
     def _know_tokens(self, rows: Sequence[Row], model: Policy | RewardModel) -> None:
         """A model that has to catch up reads tokens that the host may not know yet."""
         if not all(model.covers(row.request.key, len(row.prefix) - 1) for row in rows):
             self._late.settle(wait=True)
-
-    def _label(self, name: str) -> str:
-        return f"{'policy' if name in self.policies else 'reward model'} {name!r}"
 
     def _ask(self, name: str, rows: list[Row], ask: _Ask, width: int = 1) -> tuple[torch.Tensor, list[int]]:
         """Asks a model for all rows at once; where one of them spoils it, one by one, so that the others go on."""
@@ -251,7 +290,7 @@ class Auxiliaries:
             return ask(list(range(len(rows))))
         except Exception as error:
             if len(rows) == 1:
-                reason = f"{self._label(name)} could not read the answer: {error}"
+                reason = f"{name_model(self.by_name[name])} could not read the answer: {error}"
                 self.fail(rows[0], Failure(name, "raised", reason))
                 return torch.full((1, width), torch.nan), [0]
         answers, read = [], []

@@ -16,10 +16,11 @@ from steersman.guidance.attention import (
     attending,
 )
 from steersman.guidance.cache import BLOCK_SIZE, CachedSequence, CacheFull, LayerShape, PagedCache
-from steersman.guidance.checkpoints import ModelRefused, find_window
+from steersman.guidance.checkpoints import ModelRefused, find_vocabulary, find_window
 from steersman.guidance.decoder import fuse_decoder
 from steersman.guidance.graphs import Capture, StepGraphs, StepInputs, capture_on_cuda, choose_sizes
 from steersman.guidance.layout import Layout
+from steersman.guidance.tokenizers import find_unreadable
 from steersman.guidance.transfer import to_device
 from steersman.kernels.dispatch import has_kernels
 
@@ -81,6 +82,8 @@ class CausalModel:
         self.body: torch.nn.Module = model.base_model
         self.head = head
         self.window = find_window(model.config)
+        self.vocabulary = find_vocabulary(model)
+        """Token ids that it reads: those below this number."""
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         layers, settings = self._probe_layers()
@@ -110,7 +113,8 @@ class CausalModel:
     def catch_up(self, prefixes: Sequence[Prefix]) -> list[int]:
         """Brings the cache of every prefix up to all but its last token; returns the tokens read for each.
 
-        Raises Unscorable where a single prefix finds no room, CacheFull where one of several does.
+        Raises Unscorable where a prefix holds a token that the model cannot read, or where a single prefix finds no
+        room; CacheFull where one of several finds none.
         """
         read = [0] * len(prefixes)
         behind = [g for g, p in enumerate(prefixes) if not self.covers(p.key, len(p) - 1)]
@@ -126,8 +130,12 @@ class CausalModel:
     def prefill(self, wanted: Sequence[tuple[Hashable, Sequence[int]]]) -> dict[Hashable, int | CacheFull]:
         """Brings each key's cache up to all of its tokens, reading only what no request has cached before.
 
-        Returns for each key the tokens read, or the reason why there was no room for it.
+        Returns for each key the tokens read, or the reason why there was no room for it. Raises Unscorable, before
+        anything is read, where a token has no row in the embedding.
         """
+        for key, tokens in wanted:
+            sequence = self._sequences.get(key)
+            self.require_readable(tokens if sequence is None else tokens[sequence.length :])
         done: dict[Hashable, int | CacheFull] = {}
         pending = list(wanted)
         while pending:
@@ -171,18 +179,20 @@ class CausalModel:
         """Reads the last token of every prefix, and before it what is not cached yet.
 
         last: [G] int64, the last tokens where the device knows them before the host does. Returns the head's outputs
-        [G, C] float32 and, for each row, the tokens read for the first time beside the last one. Raises Unscorable
-        where a single prefix finds no room, CacheFull where one of several does.
+        [G, C] float32 and, for each row, the tokens read for the first time beside the last one. Raises as `catch_up`
+        does.
         """
         caught_up = self.catch_up(prefixes)
         tokens = self.last_tokens(prefixes, last)
         return self.step([p.key for p in prefixes], [len(p) for p in prefixes], tokens, branches=0)[:, 0], caught_up
 
     def last_tokens(self, prefixes: Sequence[Prefix], last: torch.Tensor | None = None) -> torch.Tensor:
-        """The last tokens [G, 1] int64: those that are given, or the host's."""
+        """The last tokens [G, 1] int64: those that are given, or the host's, which the model must be able to read."""
         if last is not None:
             return last.to(self.device).unsqueeze(-1)
-        return to_device([[prefix.last] for prefix in prefixes], self.device)
+        tokens = [prefix.last for prefix in prefixes]
+        self.require_readable(tokens)
+        return to_device(tokens, self.device).unsqueeze(-1)
 
     def step(
         self, keys: Sequence[Hashable], lengths: Sequence[int], tokens: torch.Tensor, branches: int
@@ -192,7 +202,7 @@ class CausalModel:
         tokens: [G, 1 + k · branches] int64; column 0 is the last token of a sequence of `lengths[g]` tokens whose
         others are cached; the k candidates follow, and with branches = 2 the k tokens that follow each of them.
         Returns the head's outputs [G, k, C] float32 at the end of each branch; with branches = 0 those at the last
-        token, [G, 1, C]. Raises CacheFull.
+        token, [G, 1, C]. Outputs of tokens that the model cannot read are those of another token. Raises CacheFull.
         """
         sequences = [self._sequences[key] for key in keys]
         for sequence, length in zip(sequences, lengths, strict=True):
@@ -239,7 +249,8 @@ class CausalModel:
         return self.head(hidden[:, inputs.tokens.shape[1] - max(k, 1) :])
 
     def read_text(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Hidden states [len(tokens), D] at every token of a text, read once. Raises CacheFull."""
+        """Hidden states [len(tokens), D] at every token of a text, read once. Raises CacheFull and Unscorable."""
+        self.require_readable(tokens)
         sequence = CachedSequence()
         try:
             self.cache.extend(sequence, len(tokens))
@@ -248,6 +259,12 @@ class CausalModel:
             self.cache.scrub(sequence)
             self.cache.release(sequence)
         return hidden[0]
+
+    def require_readable(self, tokens: Sequence[int]) -> None:
+        """Raises Unscorable where the embedding has no row for one of the tokens."""
+        token = find_unreadable(tokens, self.vocabulary)
+        if token is not None:
+            raise Unscorable(f"{self.label} reads the token ids 0 to {self.vocabulary - 1}, the text holds {token}")
 
     def covers(self, key: Hashable, length: int) -> bool:
         """Whether this key is admitted and its first `length` tokens are cached."""
@@ -285,6 +302,9 @@ class CausalModel:
         return hidden
 
     def _forward(self, ids: torch.Tensor, batch: AttentionBatch | CandidateBatch) -> torch.Tensor:
+        # The base's logits may be wider than the embedding, and a GPU's assert would end the process. What is read
+        # instead is never used: such candidates are masked, and a row that ends in such a token fails.
+        ids = ids.clamp(0, self.vocabulary - 1)
         if self.decoder is not None:
             return self.decoder(ids, batch)
         with attending(batch):

@@ -21,6 +21,8 @@ class CachedModel(ABC):
         self.name = name
         self.model = model
         self.window = model.window
+        self.vocabulary = model.vocabulary
+        """See RewardModel.vocabulary."""
 
     @property
     def cache(self) -> PagedCache:
@@ -48,8 +50,8 @@ class CachedModel(ABC):
         self.model.release(key, tokens, failed)
 
     def describe(self) -> dict[str, Any]:
-        """Facts for users: kind, window, cache size."""
-        return {"name": self.name, "kind": self.kind, **self.model.describe()}
+        """Facts for users: kind, vocabulary, window, cache size."""
+        return {"name": self.name, "kind": self.kind, "vocabulary": self.vocabulary, **self.model.describe()}
 
 
 class NextTokenModel(CachedModel):
@@ -57,7 +59,6 @@ class NextTokenModel(CachedModel):
 
     def __init__(self, model: Any, label: str, name: str, cache_bytes: int, max_rows: int) -> None:
         super().__init__(CausalModel(model, label, cache_bytes, max_rows, find_language_head(model)), name)
-        self.vocabulary: int = model.config.get_text_config().vocab_size
 
     @torch.inference_mode()
     def check(self) -> None:

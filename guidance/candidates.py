@@ -38,16 +38,17 @@ class CandidateSteering:
         with self._work.timing("writing_seconds"):
             if any(formula.policies or formula.base != 1.0 for formula in formulas):
                 values = blend_readings(values, steered, readings, ids)
+            values = self._mask_unreadable(steered, ids, values, logits.shape[-1])
             combination = self._find_combination(formulas, rewards.device)
             if has_kernels(logits.device) and all(s.row.request.plan.kl_budget is None for s in steered):
                 every = to_device([s.row.index for s in steered], logits.device)
                 scores = write_reranked(logits, every, ids, values, combination.terms, rewards)
                 self._record(steered, CandidateStep(ids, base_logprobs, scores, rewards), [True] * len(steered))
-                self._fail_where(steered, scores.isnan().any(dim=-1), rewards)
+                self._fail_where(steered, scores.isnan().any(dim=-1), values, rewards)
                 return
             scores = torch.where(values.isneginf(), values, values + combination.combine(rewards))
             broken = scores.isnan().any(dim=-1) | scores.isposinf().any(dim=-1)
-            self._fail_where(steered, broken, rewards)
+            self._fail_where(steered, broken, values, rewards)
             scores, fits = fit_budgets(steered, scores, base_logprobs)
             kept = (fits & ~broken).tolist()
             self._record(steered, CandidateStep(ids, base_logprobs, scores, rewards), kept)
@@ -64,18 +65,33 @@ class CandidateSteering:
         limits = None
         if any(formula.top_k < k for formula in formulas):
             limits = to_device([[formula.top_k] for formula in formulas], base.device)
-        ids, values, base_logprobs = select_candidates(base, k, limits)
-        known = [
-            self._models.readers[term.model]
-            for f in formulas
-            for term in f.rewards
-            if term.model in self._models.readers
-        ]
-        narrowest = min((model.vocabulary for model in known), default=base.shape[-1])
-        if narrowest < base.shape[-1]:
-            # A vocabulary that is padded for speed has entries that no reward model knows.
-            values = values.masked_fill(ids >= narrowest, -torch.inf)
-        return ids, values, base_logprobs
+        return select_candidates(base, k, limits)
+
+    def _mask_unreadable(
+        self, steered: Sequence[Steered], ids: torch.Tensor, values: torch.Tensor, vocabulary: int
+    ) -> torch.Tensor:
+        """`values` [G, k] of the candidates `ids` with -inf where one of the row's own models cannot read the
+        candidate, which the base's logits may be padded with: such a row has fewer candidates. One that has none left
+        fails, and its values are NaN, so that the base decodes it until the host learns of it."""
+        narrower = self._models.find_narrower(vocabulary)
+        named = [[name for name in s.row.request.plan.models if name in narrower] for s in steered] if narrower else []
+        if not any(named):
+            return values
+        limits = [[min((narrower[name] for name in names), default=vocabulary)] for names in named]
+        limit = to_device(limits, ids.device)
+        values = values.masked_fill(ids >= limit, -torch.inf)
+        empty = values.isneginf().all(dim=-1, keepdim=True) & (limit < vocabulary)
+
+        def explain(line: int) -> Failure:
+            name = min(named[line], key=narrower.__getitem__)
+            reason = (
+                f"none of the base's best {steered[line].formula.top_k} tokens is among the ids 0 to "
+                f"{narrower[name] - 1} that {name!r} reads; raise top_k"
+            )
+            return Failure(name, "raised", reason)
+
+        self._models.fail_where([s.row for s in steered], empty.squeeze(-1), explain)
+        return values.masked_fill(empty, torch.nan)
 
     def _find_combination(self, formulas: list[Formula], device: torch.device) -> Combination:
         if self._combination is None or self._combination[0] != formulas:
@@ -87,10 +103,12 @@ class CandidateSteering:
             if good:
                 s.record(step, line)
 
-    def _fail_where(self, steered: Sequence[Steered], broken: torch.Tensor, rewards: torch.Tensor) -> None:
+    def _fail_where(
+        self, steered: Sequence[Steered], broken: torch.Tensor, values: torch.Tensor, rewards: torch.Tensor
+    ) -> None:
         def explain(line: int) -> Failure:
-            terms = steered[line].formula.rewards
-            names = [term.model for term, values in zip(terms, rewards[line], strict=False) if not _finite(values)]
+            terms, scored = steered[line].formula.rewards, rewards[line][:, ~values[line].isneginf()]
+            names = [term.model for term, own in zip(terms, scored, strict=False) if not _finite(own)]
             reason = f"reward model {', '.join(map(repr, names))} returned a reward that is not a finite number"
             return Failure(names[0] if names else terms[0].model, "not_finite", reason)
 

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
+
+from steersman.guidance.tokenizers import count_ids
 
 
 class ModelRefused(ValueError):
@@ -45,6 +48,30 @@ def find_window(config: Any) -> int:
     text = config.get_text_config()
     limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx")]
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=2**31)
+
+
+def find_vocabulary(model: Any) -> int:
+    """Token ids that a model reads: rows of its input embedding, or outputs where it has fewer next-token outputs."""
+    rows: int = model.get_input_embeddings().num_embeddings
+    head = model.get_output_embeddings()
+    return rows if head is None else min(rows, head.out_features)
+
+
+def declared_vocabulary(config: Any) -> int | None:
+    """The same as a configuration declares it; None where it does not."""
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def require_vocabulary(
+    label: str, path: str | Path, vocabulary: int | None, base_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuses a model that cannot read every token of the base. vocabulary: token ids that it reads, if known."""
+    needed = count_ids(base_tokenizer)
+    if vocabulary is not None and vocabulary < needed:
+        raise ModelRefused(
+            f"{label}: {path} has an embedding of {vocabulary} token ids, the base model's tokenizer needs {needed}; "
+            f"use a model of the base's family, or resize this one (resize_token_embeddings({needed})) and train it"
+        )
 
 
 def declared_kind(config: Any) -> str | None:

@@ -14,6 +14,7 @@ from steersman.guidance.request import BestOfN, Blockwise, GuidanceError, parse_
 from steersman.guidance.reward_loading import load_reward_model
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
+from steersman.guidance.tokenizers import check_ids
 
 _calls = count()
 
@@ -114,11 +115,15 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         masks: list[list[int] | None] = [None]
         if self.attention_mask is not None:
             masks = list(self.attention_mask.tolist())
+        prompts = [
+            sequence if mask is None else [t for t, kept in zip(sequence, mask, strict=True) if kept]
+            for mask, sequence in zip(_spread(masks, len(tokens), "rows of attention_mask"), tokens, strict=True)
+        ]
+        for plan, prompt in zip(plans, prompts, strict=True):
+            if plan is not None:
+                check_ids((self.runtime.models.by_name[name] for name in plan.models), prompt, "prompt")
         self._rows = []
-        for n, (plan, mask, sequence) in enumerate(
-            zip(plans, _spread(masks, len(tokens), "rows of attention_mask"), tokens, strict=True)
-        ):
-            prompt = sequence if mask is None else [t for t, kept in zip(sequence, mask, strict=True) if kept]
+        for n, (plan, prompt) in enumerate(zip(plans, prompts, strict=True)):
             request = None if plan is None else self.runtime.start((self._call, n), plan, len(prompt), self.seed + n)
             self._rows.append(None if request is None else Row(n, request, prompt, []))
 

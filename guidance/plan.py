@@ -112,6 +112,11 @@ class Plan:
         return tuple(dict.fromkeys(names))
 
     @cached_property
+    def models(self) -> tuple[str, ...]:
+        """Names of all auxiliary models that may be asked."""
+        return (*self.reward_models, *self.policies)
+
+    @cached_property
     def always_open(self) -> bool:
         """Whether the formula applies everywhere, whatever happens."""
         return self.gate == Gate() and self.kl_budget is None and not self.formula.is_base

@@ -7,7 +7,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from steersman.guidance.cached import NextTokenModel, make_ready
-from steersman.guidance.checkpoints import ModelRefused, first_line, require_safetensors
+from steersman.guidance.checkpoints import (
+    ModelRefused,
+    declared_vocabulary,
+    find_vocabulary,
+    first_line,
+    require_safetensors,
+    require_vocabulary,
+)
 from steersman.guidance.tokenizers import same_tokenizer, size_of
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -20,10 +27,6 @@ class Policy(NextTokenModel):
 
     def __init__(self, model: Any, name: str, cache_bytes: int, max_rows: int = 64) -> None:
         super().__init__(model, f"policy {name!r}", name, cache_bytes, max_rows)
-
-    def describe(self) -> dict[str, Any]:
-        """Facts for users: kind, window, cache size, vocabulary."""
-        return {**super().describe(), "vocabulary": self.vocabulary}
 
 
 def load_policy(
@@ -58,7 +61,7 @@ def read_policy_checkpoint(
     trust_remote_code: bool = False,
 ) -> Any:
     """The part of loading that needs no device: the model on the host; raises as `load_policy` does."""
-    inspect_policy(name, path, base_tokenizer, trust_remote_code)
+    inspect_policy(name, path, base_path, base_tokenizer, trust_remote_code)
     options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     try:
         if is_adapter(path):
@@ -71,22 +74,34 @@ def read_policy_checkpoint(
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelRefused(f"policy {name!r}: {path} cannot be loaded: {first_line(error)}") from error
+    require_vocabulary(f"policy {name!r}", path, find_vocabulary(model), base_tokenizer)
     return model
 
 
 def inspect_policy(
-    name: str, path: str, base_tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
+    name: str, path: str, base_path: str, base_tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
 ) -> None:
     """What can be said of a checkpoint without its weights; raises ModelRefused for what cannot be served."""
     label = f"policy {name!r}"
     adapter = is_adapter(path)
     require_safetensors(path, label, ADAPTER_CONFIG if adapter else "config.json")
+    config = _read_config(label, base_path if adapter else path, trust_remote_code)
     if adapter:
         _require_peft(label)
-        if not (Path(path) / "tokenizer_config.json").is_file():
-            return
     else:
-        _require_language_head(label, path, trust_remote_code)
+        _require_language_head(label, path, config)
+    if not adapter or (Path(path) / "tokenizer_config.json").is_file():
+        _require_tokenizer(label, path, base_tokenizer, trust_remote_code)
+    # An adapter is merged into the base and reads what the base reads.
+    require_vocabulary(label, path, declared_vocabulary(config), base_tokenizer)
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a local folder holds a PEFT adapter."""
+    return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def _require_tokenizer(label: str, path: str, base_tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -97,11 +112,6 @@ def inspect_policy(
             f"{size_of(base_tokenizer)} tokens, or other ids); distributions can be combined only over the same "
             "tokens: use a policy of the base model's family"
         )
-
-
-def is_adapter(path: str) -> bool:
-    """Whether a local folder holds a PEFT adapter."""
-    return (Path(path) / ADAPTER_CONFIG).is_file()
 
 
 def _merge_adapter(name: str, path: str, base: Any) -> Any:
@@ -122,11 +132,14 @@ def _require_peft(label: str) -> None:
         raise ModelRefused(f"{label}: an adapter needs the package peft; install it with pip install peft") from error
 
 
-def _require_language_head(label: str, path: str, trust_remote_code: bool) -> None:
+def _read_config(label: str, path: str, trust_remote_code: bool) -> Any:
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelRefused(f"{label}: {path} cannot be read: {first_line(error)}") from error
+
+
+def _require_language_head(label: str, path: str, config: Any) -> None:
     architectures = getattr(config, "architectures", None) or []
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise ModelRefused(

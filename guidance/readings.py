@@ -12,7 +12,8 @@ class Readings:
     """Next-token logits, or rewards, by model and row, in the width of the base's vocabulary."""
 
     def __init__(self, vocabulary: int) -> None:
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
+        """Width of the base's logits."""
         self._parts: dict[str, list[torch.Tensor]] = {}
         self._lines: dict[str, dict[int, int]] = {}
 
@@ -20,12 +21,12 @@ class Readings:
         """Keeps logits [len(rows), V of the model]. Tokens that the model does not have become -inf; those that
         only it has are padding and are dropped."""
         width = logits.shape[-1]
-        if width < self._vocabulary:
-            logits = torch.nn.functional.pad(logits, (0, self._vocabulary - width), value=-torch.inf)
+        if width < self.vocabulary:
+            logits = torch.nn.functional.pad(logits, (0, self.vocabulary - width), value=-torch.inf)
         lines = self._lines.setdefault(model, {})
         for row in rows:
             lines[row.index] = len(lines)
-        self._parts.setdefault(model, []).append(logits[:, : self._vocabulary])
+        self._parts.setdefault(model, []).append(logits[:, : self.vocabulary])
 
     def has(self, model: str, row: Row) -> bool:
         """Whether the model has been read for the row."""

@@ -36,6 +36,10 @@ class ModelNotLoaded(GuidanceError):
     """A request names a reward model, policy or preset that the server does not have."""
 
 
+class UnreadableToken(GuidanceError):
+    """A prompt or a response holds a token id that an auxiliary model cannot read."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 

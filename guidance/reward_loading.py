@@ -17,7 +17,16 @@ from transformers import (
 
 from steersman.guidance.aspects import ASPECTS, require_aspects, weigh_outputs
 from steersman.guidance.cached import make_ready
-from steersman.guidance.checkpoints import ModelRefused, declared_kind, first_line, is_causal, require_safetensors
+from steersman.guidance.checkpoints import (
+    ModelRefused,
+    declared_kind,
+    declared_vocabulary,
+    find_vocabulary,
+    first_line,
+    is_causal,
+    require_safetensors,
+    require_vocabulary,
+)
 from steersman.guidance.rewards import CausalReward, RewardModel, VocabularyReward
 from steersman.guidance.text_reward import TextReward
 from steersman.guidance.tokenizers import same_tokenizer, size_of
@@ -81,6 +90,8 @@ def read_reward_checkpoint(
         raise ModelRefused(f"reward model {name!r}: {path} cannot be loaded: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelRefused(f"reward model {name!r}: {path} lacks the weights {', '.join(missing[:3])}")
+    if kind != TextReward.kind:
+        require_vocabulary(f"reward model {name!r}", path, find_vocabulary(model), base_tokenizer)
     if declared_kind(config) == ASPECTS:
         weigh_outputs(model)
         if config.steersman.get("aspects_at") == "segments":
@@ -131,7 +142,7 @@ def inspect_checkpoint(
         raise ModelRefused(f"reward model {name!r}: {path} cannot be read: {first_line(error)}") from error
     kind = declared_kind(config)
     if kind == VocabularyReward.kind:
-        _require_vocabulary_head(name, path, config, base_tokenizer)
+        _require_vocabulary_head(name, path, config)
     else:
         _require_reward_head(name, path, config)
     shared = same_tokenizer(tokenizer, base_tokenizer)
@@ -140,9 +151,11 @@ def inspect_checkpoint(
             f"reward model {name!r}: {path} was trained on another tokenizer than the base model's "
             f"({size_of(tokenizer)} against {size_of(base_tokenizer)} tokens); train it from a checkpoint that has it"
         )
-    if kind == VocabularyReward.kind:
-        return config, tokenizer, kind
-    return config, tokenizer, CausalReward.kind if shared and is_causal(config) else TextReward.kind
+    if kind != VocabularyReward.kind:
+        kind = CausalReward.kind if shared and is_causal(config) else TextReward.kind
+    if kind != TextReward.kind:
+        require_vocabulary(f"reward model {name!r}", path, declared_vocabulary(config), base_tokenizer)
+    return config, tokenizer, kind
 
 
 def _require_reward_head(name: str, path: str | Path, config: Any) -> None:
@@ -163,17 +176,12 @@ def _require_reward_head(name: str, path: str | Path, config: Any) -> None:
         raise ModelRefused(f"reward model {name!r}: {path} has {config.num_labels} outputs; a reward model has one")
 
 
-def _require_vocabulary_head(name: str, path: str | Path, config: Any, base_tokenizer: PreTrainedTokenizerBase) -> None:
+def _require_vocabulary_head(name: str, path: str | Path, config: Any) -> None:
     architectures = getattr(config, "architectures", None) or []
     if not any(architecture.endswith("ForCausalLM") for architecture in architectures) or not is_causal(config):
         raise ModelRefused(
             f"reward model {name!r}: {path} says that it has a vocabulary head but is a "
             f"{', '.join(architectures) or 'model without an architecture'}; it needs one output a token (…ForCausalLM)"
-        )
-    if config.get_text_config().vocab_size < len(base_tokenizer):
-        raise ModelRefused(
-            f"reward model {name!r}: {path} has {config.get_text_config().vocab_size} outputs, the base model's "
-            f"tokenizer {len(base_tokenizer)} tokens; a vocabulary head needs an output for each"
         )
 
 

@@ -27,6 +27,11 @@ class RewardModel(Protocol):
     kind: str
     window: int
 
+    @property
+    def vocabulary(self) -> int | None:
+        """Token ids below this number can be read; None where the model reads text."""
+        ...
+
     def score(
         self,
         prefixes: Sequence[Prefix],
@@ -37,7 +42,8 @@ class RewardModel(Protocol):
         """candidates [G, k] int64 → rewards [G, k] float32 and, for each row, the prefix tokens read for the first
         time. With `end_token` each reward is read after the candidate and that token. `last` [G] int64 are the
         prefixes' last tokens, where the device knows them before the host. A row for which there is no room raises
-        Unscorable only when it is scored alone; beside others its rewards are NaN."""
+        Unscorable only when it is scored alone; beside others its rewards are NaN. Rewards of candidates that the
+        model cannot read mean nothing."""
         ...
 
     def covers(self, key: Hashable, length: int) -> bool:
@@ -61,7 +67,7 @@ class RewardModel(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Facts for users: kind, window, cache size."""
+        """Facts for users: kind, vocabulary, window, cache size."""
         ...
 
     def check(self) -> None:
@@ -118,8 +124,7 @@ class CausalReward(_CachedReward):
     @torch.inference_mode()
     def check(self) -> None:
         """See RewardModel.check."""
-        vocabulary = self.model.model.config.get_text_config().vocab_size
-        verify(self.model, lambda ids: evaluate_plainly(self.model, ids).float(), vocabulary, candidates=3)
+        verify(self.model, lambda ids: evaluate_plainly(self.model, ids).float(), self.vocabulary, candidates=3)
 
     def tokens_per_step(self, formula: Formula) -> int:
         """See RewardModel.tokens_per_step."""
@@ -181,7 +186,7 @@ class VocabularyReward(_CachedReward, NextTokenModel):
     ) -> tuple[torch.Tensor, list[int]]:
         """See RewardModel.score; there is no end token behind a candidate."""
         rewards, read = self.read(prefixes, last)
-        return rewards.gather(1, candidates.to(rewards.device)), read
+        return rewards.gather(1, candidates.to(rewards.device).clamp(max=self.vocabulary - 1)), read
 
     @torch.inference_mode()
     def score_text(self, prompt: Sequence[int], response: Sequence[int]) -> list[float]:
@@ -194,6 +199,7 @@ class VocabularyReward(_CachedReward, NextTokenModel):
     @torch.inference_mode()
     def score_answers(self, prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> tuple[list[float], int]:
         """See RewardModel.score_answers."""
+        last = [response[-1] for response in responses]
+        self.model.require_readable(last)
         outputs, read = self._read_answers(prompt, [Prefix(object(), prompt, response[:-1]) for response in responses])
-        last = torch.tensor([[response[-1]] for response in responses], device=outputs.device)
-        return outputs.gather(1, last)[:, 0].tolist(), read
+        return outputs.gather(1, torch.tensor(last, device=outputs.device).unsqueeze(-1))[:, 0].tolist(), read

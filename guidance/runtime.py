@@ -72,7 +72,7 @@ class GuidanceRuntime:
         is still known for a moment, is guided no more."""
         self.settle(wait=True)
         for request in self._requests.values():
-            if request.error is None and name in (*request.plan.reward_models, *request.plan.policies):
+            if request.error is None and name in request.plan.models:
                 request.error = f"{name!r} was unloaded"
         return self.models.remove(name)
 

@@ -16,6 +16,7 @@ class TextReward:
     padded batch. Reads the whole text again for every candidate."""
 
     kind = "text"
+    vocabulary = None
 
     def __init__(
         self,
@@ -98,7 +99,8 @@ class TextReward:
 
     def describe(self) -> dict[str, Any]:
         """See RewardModel.describe."""
-        return {"name": self.name, "kind": self.kind, "window": self.window, **training_facts(self.model.config)}
+        facts = {"name": self.name, "kind": self.kind, "vocabulary": self.vocabulary, "window": self.window}
+        return {**facts, **training_facts(self.model.config)}
 
 
 def _parts(order: list[int], encoded: list[list[int]], budget: int) -> list[list[int]]:

@@ -1,6 +1,26 @@
-"""Whether two models speak of the same tokens."""
+"""Whether two models have the same tokens, and whether a model can read a token id."""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
+
+from steersman.guidance.request import UnreadableToken
+
+
+class TokenReader(Protocol):
+    """An auxiliary model, or its description."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Token ids below this number can be read; None where the model reads text."""
+        ...
 
 
 def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
@@ -14,3 +34,32 @@ def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase)
 def size_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens that a tokenizer knows, added ones included."""
     return len(tokenizer.get_vocab())
+
+
+def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that an embedding needs for a tokenizer: its largest id + 1, for ids may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def find_unreadable(tokens: Sequence[int], vocabulary: int) -> int | None:
+    """A token outside of 0 to `vocabulary` - 1, if there is one."""
+    extremes = (max(tokens), min(tokens)) if tokens else ()
+    return next((token for token in extremes if not 0 <= token < vocabulary), None)
+
+
+def check_ids(models: Iterable[TokenReader], tokens: Sequence[int], field: str) -> None:
+    """Raises UnreadableToken on `field` where one of the models cannot read one of the tokens."""
+    for model in models:
+        if model.vocabulary is None:
+            continue
+        if (token := find_unreadable(tokens, model.vocabulary)) is not None:
+            raise UnreadableToken(
+                field,
+                f"holds token {token}, {name_model(model)} reads the ids 0 to {model.vocabulary - 1}; leave the token "
+                "out or use a model with as large a vocabulary as the base's",
+            )
+
+
+def name_model(model: TokenReader) -> str:
+    """How errors call a model."""
+    return f"{'policy' if model.kind == 'policy' else 'reward model'} {model.name!r}"

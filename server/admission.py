@@ -6,8 +6,9 @@ from typing import Any
 
 from steersman.guidance.plan import compile_plan
 from steersman.guidance.request import BestOfN, Blockwise, GuidanceError, parse_guidance
+from steersman.guidance.tokenizers import check_ids, name_model
 from steersman.server.budget import CacheBudget
-from steersman.server.registry import LoadedModel, Registry, check_length, name_model, reach
+from steersman.server.registry import LoadedModel, Registry, check_length, reach
 from steersman.server.search import Search, check_search
 from steersman.server.vllm import SamplingParams
 
@@ -37,8 +38,10 @@ def admit(
     Raises GuidanceError.
     """
     plan = compile_plan(parse_guidance(entry["guidance"]))  # type: ignore[arg-type]
-    tokens = len(_prompt_tokens(prompt))
+    prompt_tokens = _prompt_tokens(prompt)
+    tokens = len(prompt_tokens)
     models, field = registry.models_of(plan), entry["max_tokens_field"]
+    check_ids(models, prompt_tokens, "prompt")
     first = plan.gate.first_tokens
     wanted = params.max_tokens or 1
     if models:
@@ -71,6 +74,7 @@ def admit_search(
     """The same for a request whose answer is picked among samples. Raises GuidanceError."""
     check_search(guidance, params)
     tokens, model = _prompt_tokens(prompt), registry.reward_models[guidance.reward_model]
+    check_ids([model], tokens, "prompt")
     wanted = params.max_tokens or 1
     params.max_tokens = check_length([model], len(tokens), wanted, entry["max_tokens_field"], 0, wanted)
     needed = {model.name: model.blocks_for(len(tokens) + params.max_tokens)} if model.cache_blocks else {}

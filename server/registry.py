@@ -15,6 +15,7 @@ from steersman.guidance.request import (
     policies,
     reward_models,
 )
+from steersman.guidance.tokenizers import name_model
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class LoadedModel:
     cache_blocks: int = 0
     block_size: int = 1
     objective: str | None = None
+    vocabulary: int | None = None
+    """Token ids below this number can be read; None where the model reads text."""
 
     def blocks_for(self, tokens: int) -> int:
         """Cache blocks that a sequence of `tokens` needs."""
@@ -99,7 +102,7 @@ class Registry:
 
     def models_of(self, plan: Plan) -> list[LoadedModel]:
         """The auxiliary models that a plan may ask."""
-        return [self.models[name] for name in (*plan.reward_models, *plan.policies)]
+        return [self.models[name] for name in plan.models]
 
     def describe(self) -> dict[str, Any]:
         """The body of `GET /v1/guidance`."""
@@ -156,11 +159,6 @@ def check_length(
             f"{name_model(model)} reads; ask for at most {room}",
         )
     return room
-
-
-def name_model(model: LoadedModel) -> str:
-    """How errors call a model."""
-    return f"{'policy' if model.kind == 'policy' else 'reward model'} {model.name!r}"
 
 
 def build_registry(described: Mapping[str, Any], presets: Mapping[str, Guidance]) -> Registry:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from steersman.guidance.request import GuidanceError, ModelNotLoaded
+from steersman.guidance.tokenizers import check_ids, find_unreadable
 from steersman.server.engine import GuidedEngine
 from steersman.server.limits.caps import MAX_RESPONSES
 from steersman.server.registry import LoadedModel
@@ -43,12 +44,14 @@ async def score_responses(engine: GuidedEngine, request: RewardsRequest) -> dict
 
 
 async def _score_responses(engine: GuidedEngine, model: LoadedModel, request: RewardsRequest) -> dict[str, Any]:
-    tokenizer = engine.renderer.tokenizer
+    tokenizer, vocabulary = engine.renderer.tokenizer, engine.model_config.get_vocab_size()
     prompt = _prompt_tokens(tokenizer, request)
+    _check_ids("messages" if request.prompt is None else "prompt", model, prompt, vocabulary)
     data = []
     for index, response in enumerate(request.responses):
         tokens = _response_tokens(tokenizer, response, request.end_token)
-        _check_tokens(f"responses.{index}", model, prompt, tokens, engine.model_config.get_vocab_size())
+        _check_ids(f"responses.{index}", model, tokens, vocabulary)
+        _check_length(f"responses.{index}", model, prompt, tokens)
         rewards = await engine.score(model, prompt, tokens)
         entry: dict[str, Any] = {"index": index, "reward": rewards[-1], "tokens": len(tokens)}
         if request.prefixes:
@@ -77,11 +80,15 @@ def _response_tokens(tokenizer: Any, response: str | list[int], end_token: bool)
     return [*tokens, tokenizer.eos_token_id] if end_token and tokenizer.eos_token_id is not None else tokens
 
 
-def _check_tokens(field: str, model: LoadedModel, prompt: list[int], response: list[int], vocabulary: int) -> None:
+def _check_ids(field: str, model: LoadedModel, tokens: list[int], vocabulary: int) -> None:
+    if find_unreadable(tokens, vocabulary) is not None:
+        raise GuidanceError(field, f"holds a token outside of 0 to {vocabulary - 1}")
+    check_ids([model], tokens, field)
+
+
+def _check_length(field: str, model: LoadedModel, prompt: list[int], response: list[int]) -> None:
     if not response:
         raise GuidanceError(field, "is empty; a reward needs at least one token")
-    if any(not 0 <= token < vocabulary for token in (*prompt, *response)):
-        raise GuidanceError(field, f"or the prompt holds a token outside of 0 to {vocabulary - 1}")
     total = len(prompt) + len(response)
     if total > model.window:
         raise GuidanceError(

@@ -151,7 +151,7 @@ def check_before_start(args: argparse.Namespace, limits: Limits) -> dict[str, Gu
     for name, path in config.reward_models.items():
         inspect_checkpoint(name, path, tokenizer, args.trust_remote_code)
     for name, path in policies.items():
-        inspect_policy(name, path, tokenizer, args.trust_remote_code)
+        inspect_policy(name, path, args.model, tokenizer, args.trust_remote_code)
     additional = args.additional_config or {}
     if isinstance(additional, str):
         additional = json.loads(additional)

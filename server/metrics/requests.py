@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from prometheus_client import Counter, Gauge, Histogram
 
 from steersman.guidance.report import BASE_SOURCE, GUIDED_SOURCE, MIXTURE_SOURCE
-from steersman.guidance.request import METHODS, GuidanceError, ModelNotLoaded
+from steersman.guidance.request import METHODS, GuidanceError, ModelNotLoaded, UnreadableToken
 
 Outcome = Literal["finished", "failed", "cancelled"]
 Refusal = Literal[
@@ -92,6 +92,8 @@ def reason_of(error: GuidanceError) -> Refusal:
     """Which of the bounded reasons an error is counted under."""
     if isinstance(error, ModelNotLoaded):
         return "model_not_loaded"
+    if isinstance(error, UnreadableToken):
+        return "unsupported"
     field = error.field.partition(".")[0]
     if field == "guidance":
         return "guidance"

@@ -37,8 +37,17 @@ UNWAITED: dict[str, dict[str, Any]] = {
     },
     "a product": {"method": "product", "policies": {"base": 0.7, "expert": 0.9, "other": -0.4}},
 }  # fmt: skip
+BEYOND = {
+    "rewards": (UNWAITED["rewards"], "reward model 'first'"),
+    "a vocabulary head": (UNWAITED["a vocabulary head"], "reward model 'every'"),
+    "rewards over a mixture": (UNWAITED["rewards over a mixture"], "policy 'expert'"),
+    "mixed": ({**UNWAITED["mixed"], "mix": 0.9}, "policy 'expert'"),
+    "a threshold": ({**UNWAITED["a threshold"], "threshold": 0.0}, "policy 'expert'"),
+}
 AHEAD = {name: UNWAITED[name] for name in ("a vocabulary head", "mixed", "a threshold", "a product")}
 STEPS = 3
+PADDED = VOCABULARY + 8
+"""Logits of a base whose vocabulary is padded beyond the models' embeddings."""
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +86,10 @@ def runtime(models_on_gpu: GuidanceRuntime, side: Side) -> GuidanceRuntime:
 class Decoding:
     """Answers that grow by tokens which the device alone knows."""
 
-    def __init__(self, runtime: GuidanceRuntime, rng: random.Random, guidances: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, runtime: GuidanceRuntime, rng: random.Random, guidances: list[dict[str, Any]], width: int = VOCABULARY
+    ) -> None:
+        """width: of the base's logits."""
         self.runtime = runtime
         self.rng = rng
         self.prompts = random_prompts(rng, len(guidances), shortest=14, longest=40)
@@ -88,6 +100,7 @@ class Decoding:
             runtime.start(("decoding", n), plan_of(guidance), len(self.prompts[n]))
             for n, guidance in enumerate(guidances)
         ]
+        self.width = width
         self.logits = torch.empty(0)
 
     def text(self, n: int) -> list[int]:
@@ -101,7 +114,7 @@ class Decoding:
 
     def step(self) -> torch.Tensor:
         """Guides fresh logits of the base, kept in `logits`."""
-        self.logits = 2 * torch.randn(len(self.requests), VOCABULARY, device=DEVICE)
+        self.logits = 2 * torch.randn(len(self.requests), self.width, device=DEVICE)
         guided, rows, last = self.logits.clone(), self.rows(), self.last()
         self.runtime.step(guided, rows, last)
         return guided
@@ -172,6 +185,53 @@ def test_a_failure_is_learned_late_and_until_then_the_base_decodes(
     assert guided[0].argmax() == 1
     assert torch.isneginf(guided[0]).sum() == VOCABULARY - 1
     assert decoding.requests[1].error is None
+    assert [report.error is None for report in decoding.finish()] == [False, True]
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in the step", "ahead"])
+@pytest.mark.parametrize(("guidance", "model"), BEYOND.values(), ids=list(BEYOND))
+def test_a_last_token_that_a_model_cannot_read_is_learned_late_and_hurts_nobody(
+    runtime: GuidanceRuntime, rng: random.Random, guidance: dict[str, Any], model: str, ahead: bool
+) -> None:
+    decoding = Decoding(runtime, rng, [guidance] * 3, PADDED)
+    decoding.step()
+    decoding.advance()
+    decoding.tokens[1][-1] = rng.randrange(VOCABULARY, PADDED)
+    rows, last = decoding.rows(), decoding.last()
+    logits = 2 * torch.randn(3, PADDED, device=DEVICE)
+    guided = logits.clone()
+    if ahead:
+        runtime.read_ahead(rows, last.clone)
+    with forbid_host_reads():
+        runtime.step(guided, rows, last)
+    assert all(request.error is None for request in decoding.requests)
+    assert [torch.equal(guided[n], logits[n]) for n in range(3)] == [False, True, False]
+    SlowCopy.arrived = True
+    decoding.advance()
+    guided = decoding.step()
+    assert [request.error is None for request in decoding.requests] == [True, False, True]
+    assert f"{model} could not read the answer" in str(decoding.requests[1].error)
+    assert f"the token ids 0 to {VOCABULARY - 1}" in str(decoding.requests[1].error)
+    assert guided[1].argmax() == 1
+    assert [report.error is None for report in decoding.finish()] == [True, False, True]
+
+
+def test_a_row_without_a_candidate_that_its_model_reads_is_decoded_by_the_base_until_that_is_learned(
+    runtime: GuidanceRuntime, rng: random.Random
+) -> None:
+    decoding = Decoding(runtime, rng, [UNWAITED["rewards"]] * 2, PADDED)
+    decoding.step()
+    decoding.advance()
+    logits = 2 * torch.randn(2, PADDED, device=DEVICE)
+    logits[0, VOCABULARY:] += 50
+    guided, rows, last = logits.clone(), decoding.rows(), decoding.last()
+    with forbid_host_reads():
+        runtime.step(guided, rows, last)
+    assert [torch.equal(guided[n], logits[n]) for n in range(2)] == [True, False]
+    SlowCopy.arrived = True
+    decoding.advance()
+    decoding.step()
+    assert "raise top_k" in str(decoding.requests[0].error)
     assert [report.error is None for report in decoding.finish()] == [False, True]
 
 

@@ -47,7 +47,10 @@ def test_candidates_texts_and_answers_get_the_rewards_of_full_forwards(
 
 @pytest.mark.parametrize(
     ("change", "way_out"),
-    [({"architectures": ["LlamaForSequenceClassification"]}, "one output a token"), ({"vocab_size": 300}, "an output")],
+    [
+        ({"architectures": ["LlamaForSequenceClassification"]}, "one output a token"),
+        ({"vocab_size": 300}, "300 token ids"),
+    ],
 )
 def test_a_checkpoint_that_has_no_such_head_is_refused(
     models: Path, tmp_path: Path, change: dict[str, object], way_out: str

@@ -3,6 +3,8 @@
 import pytest
 
 from steersman.guidance.request import GuidanceError, parse_guidance
+from steersman.guidance.tokenizers import check_ids
+from steersman.server.metrics.requests import reason_of
 from steersman.server.registry import LoadedModel, Registry
 
 REWARDS = {name: LoadedModel(name, kind, 512) for name, kind in (("reads", "causal"), ("says", "vocabulary"))}
@@ -23,3 +25,17 @@ def test_no_budget_where_sampling_is_sharded() -> None:
     with pytest.raises(GuidanceError, match="start without --enable-batch-sharded-sampling") as caught:
         Registry(REWARDS, sharded=True).check(guidance)
     assert caught.value.field == "guidance.kl_budget"
+
+
+@pytest.mark.parametrize("token", [320, 10**9, -1])
+def test_a_prompt_is_refused_for_the_model_that_cannot_read_it(token: int) -> None:
+    models = [
+        LoadedModel("text", "text", 512),
+        LoadedModel("wide", "causal", 512, vocabulary=2**30),
+        LoadedModel("narrow", "policy", 512, vocabulary=320),
+    ]
+    check_ids(models, [0, 319, 5], "prompt")
+    check_ids(models, [], "prompt")
+    with pytest.raises(GuidanceError, match=rf"holds token {token}, policy 'narrow' reads the ids 0 to 319") as caught:
+        check_ids(models if token > 0 else models[2:], [5, token, 7], "prompt")
+    assert (caught.value.field, reason_of(caught.value)) == ("prompt", "unsupported")

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from tests.conftest import ONE_PROCESS
 from tests.support.server import test_environment
-from tests.support.tiny import build_tokenizer, save_base, save_reward
+from tests.support.tiny import VOCABULARY, build_tokenizer, save_base, save_reward
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,10 @@ BEFORE_START |= {
     "missing policy": _policy("expert={}/absent", words=("policy 'expert'", "absent", "does not exist")),
     "a reward model as policy": _policy("expert={}/first", words=("policy 'expert'", "ForCausalLM")),
     "a policy of another vocabulary": _policy("expert={}/stranger", words=("'expert'", "another vocabulary", "family")),
+    "a reward model of fewer tokens": _reward("helpful={}/cut", words=("'helpful'", "319 token ids", "needs 320")),
+    "a policy of fewer tokens": _policy(
+        "expert={}/cut-policy", words=("policy 'expert'", "319 token ids", "needs 320")
+    ),
     "a policy called base": _policy("base={}/expert", words=("--policy base", "another")),
     "a policy's name twice": _policy("a={}/expert", "a={}/other", words=("--policy a", "twice")),
     "one name for two kinds": Refused(
@@ -95,6 +99,8 @@ def checkpoints(models: Path) -> Path:
     _change_labels(models / "pair")
     _save_foreign(models / "foreign")
     _save_pickled(models / "pickled")
+    save_reward(models / "cut", vocab_size=VOCABULARY - 1)
+    save_base(models / "cut-policy", vocab_size=VOCABULARY - 1)
     kinds = {"attention_types": [[["global", "local"], 1]], "window_size": 16}
     save_reward(models / "neo", seed=7, kind="GPTNeo", num_layers=2, num_heads=2, **kinds)
     build_tokenizer(vocabulary=300).save_pretrained(save_base(models / "stranger", seed=10))

@@ -64,16 +64,16 @@ def save_reward(folder: Path, seed: int = 1, kind: str = "Llama", **changes: Any
     return _save(AutoModelForSequenceClassification.from_config(config), folder, seed, spread=0.3)
 
 
-def save_vocabulary_reward(folder: Path, seed: int) -> Path:
+def save_vocabulary_reward(folder: Path, seed: int, **changes: Any) -> Path:
     """A reward model whose output for a token is that token's reward."""
-    config = transformers.LlamaConfig(**COMMON, steersman={"kind": "vocabulary"})
+    config = transformers.LlamaConfig(**{**COMMON, **changes}, steersman={"kind": "vocabulary"})
     return _save(AutoModelForCausalLM.from_config(config), folder, seed, spread=0.12)
 
 
-def save_aspects(folder: Path, seed: int, weights: dict[str, float]) -> Path:
+def save_aspects(folder: Path, seed: int, weights: dict[str, float], **changes: Any) -> Path:
     """A reward model with an output for every aspect."""
     facts = {"kind": "aspects", "objective": "aspects", "aspects": list(weights), "weights": list(weights.values())}
-    config = transformers.LlamaConfig(**COMMON, num_labels=len(weights), steersman=facts)
+    config = transformers.LlamaConfig(**{**COMMON, **changes}, num_labels=len(weights), steersman=facts)
     return _save(AutoModelForSequenceClassification.from_config(config), folder, seed, spread=0.3)
 
 

@@ -1,0 +1,95 @@
+"""Token ids that the base has and a reward model has not: refused in a prompt, never chosen, and the engine lives."""
+
+import asyncio
+import random
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.faults.conftest import BEYOND
+from tests.server.faults.supervised import SupervisedServer
+from tests.server.polling import assert_no_block_stays_in_use
+from tests.support.random_input import random_prompts
+from tests.support.streams import GUIDED, read_streams, streamed
+from tests.support.tiny import VOCABULARY
+
+BLOCKWISE = {"method": "blockwise", "reward_model": "first", "n": 2, "block": 4}
+BEST_OF_N = {"method": "best_of_n", "reward_model": "first", "n": 2}
+PREFERRED = {str(token): 100 for token in BEYOND}
+"""A bias by which the base takes them before all others."""
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("guidance", [GUIDED, BEST_OF_N, BLOCKWISE], ids=lambda guidance: guidance["method"])
+def test_a_prompt_that_the_model_cannot_read_is_refused(
+    supervised: SupervisedServer, rng: random.Random, guidance: dict[str, Any], stream: bool
+) -> None:
+    token = rng.choice(BEYOND)
+    prompt = [*random_prompts(rng, 1)[0], token, 7]
+    body = {"model": "base", "prompt": prompt, "max_tokens": 4, "temperature": 1}
+    response = supervised.post("/v1/completions", {**body, "guidance": guidance, "stream": stream})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == "prompt"
+    words = (f"token {token}", "reward model 'first'", f"0 to {VOCABULARY - 1}", "leave the token out")
+    assert all(word in error["message"] for word in words), error
+    assert supervised.post("/v1/completions", body).status_code == 200, "the base reads it"
+    assert not supervised.codes
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"prompt": [5, BEYOND[0], 6]}, "prompt"),
+        ({"responses": [[7], [8, BEYOND[-1]]]}, "responses.1"),
+    ],
+)
+def test_a_text_that_the_model_cannot_read_is_not_scored(
+    supervised: SupervisedServer, change: dict[str, Any], field: str
+) -> None:
+    body = {"model": "first", "prompt": [5, 6], "responses": [[7, 8]]}
+    response = supervised.post("/v1/rewards", {**body, **change})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == field
+    assert all(word in error["message"] for word in ("'first'", "token 32", f"0 to {VOCABULARY - 1}")), error
+    assert supervised.post("/v1/rewards", body).status_code == 200
+    assert not supervised.codes
+
+
+def test_what_the_base_prefers_and_the_model_cannot_read_is_not_chosen(
+    supervised: SupervisedServer, rng: random.Random
+) -> None:
+    prompts = random_prompts(rng, 6)
+    kinds: list[dict[str, Any]] = [
+        {"guidance": {**GUIDED, "top_k": len(BEYOND) + 4}, "logit_bias": PREFERRED},
+        {"logit_bias": PREFERRED},
+        {"guidance": GUIDED},
+    ]
+    bodies = [streamed(prompt, 60, **kind) for prompt in prompts for kind in kinds]
+    alone = read_streams(supervised, [bodies[2]])[0].tokens
+    failures: list[httpx.Response] = []
+
+    async def ask_for_too_few_candidates(client: httpx.AsyncClient) -> None:
+        guidance = {**GUIDED, "top_k": len(BEYOND)}
+        fields = {"stream": False, "guidance": guidance, "logit_bias": PREFERRED}
+        sent = [client.post("/v1/completions", json=streamed(prompt, 20, **fields)) for prompt in prompts]
+        failures.extend(await asyncio.gather(*sent))
+
+    streams = read_streams(supervised, bodies, ask_for_too_few_candidates)
+    for guided, plain in zip(streams[::3], streams[1::3], strict=True):
+        assert max(guided.tokens[0]) < VOCABULARY
+        assert set(plain.tokens[0]) <= set(BEYOND)
+    assert streams[2].tokens == alone
+    for failure in failures:
+        assert failure.status_code == 500
+        message = failure.json()["error"]["message"]
+        assert all(word in message for word in ("'first'", "raise top_k")), message
+    assert_no_block_stays_in_use(supervised)
+    assert not supervised.codes
+
+
+def test_what_a_model_reads_is_shown(supervised: SupervisedServer) -> None:
+    (first, *_) = supervised.get("/v1/guidance").json()["reward_models"]
+    assert first["vocabulary"] == VOCABULARY
