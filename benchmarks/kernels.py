@@ -23,6 +23,7 @@ from rich.progress import track
 from steersman.benchmarks.common.rendering import BLUE, GREEN, GREY, ORANGE, RED, markdown, terminal
 from steersman.benchmarks.common.results import RESULTS, write_json
 from steersman.benchmarks.contests import COMPILED, EAGER, OURS, Contest, Inputs, Version, all_contests
+from steersman.guidance.graphs import CudaCapture
 
 _INPUT_BYTES = 4 * 60 * 2**20
 _LEAST_SETS, _MOST_SETS = 4, 64
@@ -138,16 +139,12 @@ def count_sets(inputs: Inputs) -> int:
 def time_calls(version: Version, sets: list[Inputs]) -> tuple[float, bool]:
     """Median µs of a call over all sets, and whether they were captured."""
 
-    def run() -> None:
-        for inputs in sets:
-            version(*inputs)
+    def run() -> torch.Tensor:
+        return [version(*inputs)[0] for inputs in sets][-1]
 
-    for inputs in sets[:3]:
-        version(*inputs)
-    torch.cuda.synchronize()
-    graph = _capture(run)
-    whole = statistics.median(_time(run if graph is None else graph.replay) for _ in range(_REPLAYS))
-    return whole / len(sets), graph is not None
+    replay = _capture(run)
+    whole = statistics.median(_time(replay or run) for _ in range(_REPLAYS))
+    return whole / len(sets), replay is not None
 
 
 def time_on_host(version: Version, sets: list[Inputs]) -> tuple[float, bool]:
@@ -160,21 +157,12 @@ def time_on_host(version: Version, sets: list[Inputs]) -> tuple[float, bool]:
     return statistics.median(took), False
 
 
-def _capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-    """A graph of what `run` launches, or None where it does what cannot be captured."""
-    graph = torch.cuda.CUDAGraph()
-    # The stream is left again whatever fails; torch.cuda.graph stays on it when the capture's end raises.
-    with torch.cuda.stream(torch.cuda.Stream()):
-        try:
-            graph.capture_begin()
-            try:
-                run()
-            finally:
-                graph.capture_end()
-        except RuntimeError:
-            graph = None
-    torch.cuda.synchronize()
-    return graph
+def _capture(run: Callable[[], torch.Tensor]) -> Callable[[], None] | None:
+    """What replays the launches of `run`, or None where it does what cannot be captured."""
+    try:
+        return CudaCapture(torch.device("cuda", torch.cuda.current_device()))(run).replay
+    except RuntimeError:
+        return None
 
 
 def measure_device() -> Device:

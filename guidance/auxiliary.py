@@ -16,10 +16,11 @@ from steersman.guidance.attention import (
     attending,
 )
 from steersman.guidance.cache import BLOCK_SIZE, CachedSequence, CacheFull, LayerShape, PagedCache
-from steersman.guidance.checkpoints import ModelRefused, find_vocabulary, find_window
+from steersman.guidance.checkpoints import ModelRefused, find_vocabulary, find_window, first_line
 from steersman.guidance.decoder import fuse_decoder
-from steersman.guidance.graphs import Capture, StepGraphs, StepInputs, capture_on_cuda, choose_sizes
+from steersman.guidance.graphs import Capture, CudaCapture, StepGraphs, StepInputs, choose_sizes
 from steersman.guidance.layout import Layout
+from steersman.guidance.streams import StreamsExhausted
 from steersman.guidance.tokenizers import find_unreadable
 from steersman.guidance.transfer import to_device
 from steersman.kernels.dispatch import has_kernels
@@ -58,7 +59,7 @@ class Prefix:
 
 def make_capture(device: torch.device) -> Capture | None:
     """How forwards become graphs on this device; None where they cannot."""
-    return capture_on_cuda(torch.cuda.graph_pool_handle()) if device.type == "cuda" else None
+    return CudaCapture(device) if device.type == "cuda" else None
 
 
 class CausalModel:
@@ -103,12 +104,18 @@ class CausalModel:
         self._sequences: dict[Hashable, CachedSequence] = {}
         self._layout = Layout(self.cache, self.device)
         self.graphs = StepGraphs()
-        self._capture = make_capture(self.device) if self._by_kernel else None
+        self._capture = self._make_capture() if self._by_kernel else None
         self.sizes = [] if self._capture is None else choose_sizes(max_rows, candidates)
         """(rows, candidates) that steps are captured for."""
         if self.sizes:
             width = -(-min(self.window, self.cache.num_blocks * BLOCK_SIZE) // BLOCK_SIZE)
             self.graphs.allocate(candidates, width, self.device)
+
+    def _make_capture(self) -> Capture | None:
+        try:
+            return make_capture(self.device)
+        except StreamsExhausted as error:
+            raise ModelRefused(f"{self.label}: {error}") from error
 
     def catch_up(self, prefixes: Sequence[Prefix]) -> list[int]:
         """Brings the cache of every prefix up to all but its last token; returns the tokens read for each.
@@ -312,23 +319,46 @@ class CausalModel:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Runs every size once as it is: kernels are compiled, which takes the host seconds."""
+        """Compiles every kernel that a step may launch, and runs every captured size once as it is, in which libraries
+        initialise themselves: both take the host seconds."""
+        if self._by_kernel:
+            self._compile_kernels()
         for rows, k in self.sizes:
             self._forward_candidates(self.graphs.inputs(rows, k), k, int(k > 0))
+
+    def _compile_kernels(self) -> None:
+        # Triton is imported where it is used: a CPU needs none.
+        from steersman.kernels.production import attention_launches, distinct_launches
+
+        query_heads = self.model.config.get_text_config().num_attention_heads
+        longest = min(self.window, self.cache.num_blocks * BLOCK_SIZE)
+        launches: dict[str, Any] = {}
+        for shape in dict.fromkeys(self.cache.layers):
+            shared = query_heads // shape.heads
+            launches |= attention_launches(self.dtype, shape.key_width, shape.heads, shared, longest)
+        for launch in distinct_launches(launches).values():
+            launch.compile()
 
     @torch.inference_mode()
     def capture(self) -> Iterator[None]:
         """Makes CUDA graphs of the step, one a turn; between turns the device may do other work, within one it may
-        not. Nothing where there are no graphs."""
+        not. Nothing where there are no graphs; where one fails the model runs without any."""
         if self._capture is None:
             return
         try:
             yield from self.graphs.capture(
                 self.sizes, lambda inputs, k: self._forward_candidates(inputs, k, int(k > 0)), self._capture
             )
+            return
         except RuntimeError as error:
-            logger.warning("%s is run without CUDA graphs, which is slower: %s", self.label, error)
-            self.graphs = StepGraphs()
+            logger.warning("%s is run without CUDA graphs, which is slower: %s", self.label, first_line(error))
+        # Not before the error is gone, whose frames hold tensors.
+        self._release_graphs()
+
+    def _release_graphs(self) -> None:
+        self.graphs, self._capture, self.sizes = StepGraphs(), None, []
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def _probe_layers(self) -> tuple[list[LayerShape], list[AttentionSettings]]:

@@ -59,6 +59,8 @@ class PagedCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
+        self.layers = tuple(layers)
+        """Shapes of the layers, in order."""
         self.num_blocks = num_blocks
         self.padding = num_blocks
         """Index of one block more that no sequence ever gets: tables are padded with it."""

@@ -73,6 +73,7 @@ class NextTokenModel(CachedModel):
 def make_ready(model: Any) -> None:
     """Captures a reward model's or policy's step where the device can, and checks it as it will run; raises
     ModelRefused."""
+    model.warm_up()
     for _ in model.capture():
         pass
     model.check()

@@ -5,9 +5,12 @@ buffers of fixed shape, and rows beyond the batch have length -1: they attend to
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
+
+from steersman.guidance.streams import hold_stream
 
 MOST_ROWS = 64
 """Above it the forward's own work hides its launches."""
@@ -98,23 +101,68 @@ def choose_sizes(most_rows: int, candidates: Sequence[int]) -> list[tuple[int, i
     return [(r, k) for k in sorted(candidates, reverse=True) for r in reversed(rows)]
 
 
-def capture_on_cuda(pool: tuple[int, int]) -> Capture:
-    """Captures into a memory pool that the graphs of one model share: their outputs are copied before another runs."""
+class CudaCapture:
+    """Captures the graphs of one model on a stream of its own, and into a memory pool that they share: the outputs of
+    one are copied before another runs."""
 
-    def capture(work: Callable[[], torch.Tensor]) -> Captured:
-        # Kernels are compiled, and libraries initialised, outside of the capture, which allows neither.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            work()
-        torch.cuda.current_stream().wait_stream(stream)
+    def __init__(self, device: torch.device) -> None:
+        self._held = hold_stream(device)
+        self._stream = self._held.stream
+        self._device = self._stream.device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], torch.Tensor]) -> Captured:
+        """Runs `work` once and captures it. Raises the first error of one that fails, and leaves torch as it was."""
+        self._warm_up(work)
+        # As torch.cuda.graph does: the graphs' pool cannot use what other pools keep.
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        # torch.cuda.graph stays on its stream where beginning or ending the capture fails.
+        with torch.cuda.stream(self._stream), _spare_generator(self._device):
+            return self._capture(work)
+
+    def _warm_up(self, work: Callable[[], torch.Tensor]) -> None:
+        """Kernels are compiled and libraries initialised outside of the capture, which allows neither."""
+        before = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(before)
+        try:
+            with torch.cuda.stream(self._stream):
+                work()
+        finally:
+            before.wait_stream(self._stream)
+
+    def _capture(self, work: Callable[[], torch.Tensor]) -> Captured:
         graph = torch.cuda.CUDAGraph()
-        # A server's other threads ask the device of their own work meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        try:
+            # The server's other threads may do what this one may not.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             output = work()
+            graph.capture_end()
+        except BaseException:
+            self._abandon(graph)
+            raise
         return Captured(graph.replay, output)
 
-    return capture
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Ends a capture that failed. What these calls raise depends on how far it had come; the first error counts."""
+        with suppress(RuntimeError):
+            graph.capture_end()
+        # An end that fails leaves the allocator recording, and the pool in use for good. Both calls are torch's own.
+        with suppress(Exception):
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            torch._C._cuda_releasePool(self._device.index, self._pool)
+
+
+@contextmanager
+def _spare_generator(device: torch.device) -> Iterator[None]:
+    """Captures register a copy of the device's generator: after a failed one the registered generator cannot draw."""
+    generator = torch.cuda.default_generators[device.index]
+    own = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        yield
+    finally:
+        generator.graphsafe_set_state(own)
 
 
 def _smallest(sizes: Iterable[int], wanted: int) -> int | None:

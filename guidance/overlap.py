@@ -6,6 +6,8 @@ from typing import Protocol
 
 import torch
 
+from steersman.guidance.streams import hold_stream
+
 
 class SideStream(Protocol):
     """A stream of its own for what does not need the base's logits."""
@@ -20,14 +22,15 @@ class SideStream(Protocol):
 
 
 class CudaSideStream:
-    """A CUDA stream.
+    """A CUDA stream of its own.
 
     Memory that is allocated on it and used on the main stream needs no mark of its use: the next fork, behind which it
     could be handed out again, waits for the main stream.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._held = hold_stream(device)
+        self._stream = self._held.stream
         self._forked = False
 
     @contextmanager

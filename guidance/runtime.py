@@ -11,6 +11,7 @@ learned a step late, and until then the base decodes the row. What waits for the
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ from steersman.guidance.readings import Readings
 from steersman.guidance.report import Report, summarise
 from steersman.guidance.rewards import RewardModel
 from steersman.guidance.rows import GuidedRequest, LastTokens, Row, Steered, begin_positions, choose_last_token
-from steersman.guidance.transfer import LateReads, to_device
+from steersman.guidance.transfer import HostCopy, LateReads, copy_to_host, to_device
 from steersman.guidance.vocabulary import steer_vocabulary
 from steersman.guidance.work import Work
 from steersman.kernels.dispatch import has_kernels
@@ -42,14 +43,15 @@ class GuidanceRuntime:
         eos_token_id: int | None,
         policies: Mapping[str, Policy] | None = None,
         side: SideStream | None = None,
-        late: LateReads | None = None,
+        copy: Callable[[torch.Tensor], HostCopy] = copy_to_host,
     ) -> None:
-        """side: where models that do not need the base's logits are read ahead of a step."""
-        self.late = late or LateReads()
-        self.work = Work()
-        self.models = Auxiliaries(reward_models, policies or {}, eos_token_id, self.late, self.work)
-        self.eos_token_id = eos_token_id
+        """side: where models that do not need the base's logits are read ahead of a step. copy: how values of the
+        device come to the host."""
         self._side = side or SameStream()
+        self._late = LateReads(self._side.join, copy)
+        self.work = Work()
+        self.models = Auxiliaries(reward_models, policies or {}, eos_token_id, self._late, self.work)
+        self.eos_token_id = eos_token_id
         self._candidates = CandidateSteering(self.models, self.work)
         self._requests: OrderedDict[Hashable, GuidedRequest] = OrderedDict()
 
@@ -119,10 +121,13 @@ class GuidanceRuntime:
         return rewards, read
 
     def settle(self, wait: bool = False) -> None:
-        """Before caches change hands: puts what comes after behind all work that was read ahead, and learns what the
-        device has told; with `wait` all of it."""
-        self._side.join()
-        self.late.settle(wait)
+        """Before caches change hands: puts what comes after behind all work that was read ahead, and uses the values
+        that have arrived; with `wait` all that were read."""
+        self._late.settle(wait)
+
+    def read_late(self, tensor: torch.Tensor, use: Callable[[list[Any]], None]) -> None:
+        """Calls `use` with a device tensor's values once they have arrived, behind all work that was read ahead."""
+        self._late.read(tensor, use)
 
     @torch.inference_mode()
     def read_ahead(self, rows: Sequence[Row], fed: Callable[[], torch.Tensor]) -> None:

@@ -66,20 +66,27 @@ def copy_to_host(tensor: torch.Tensor) -> HostCopy:
 
 
 class LateReads:
-    """What the host wants to know of a step, told when the device has come so far: at once on a CPU, on a GPU usually
-    at the next step. In the order in which it was asked."""
+    """Values of device tensors that the host uses when they have arrived, in the order in which they were read: at once
+    on a CPU, on a GPU usually at the next step.
 
-    def __init__(self, copy: Callable[[torch.Tensor], HostCopy] = copy_to_host) -> None:
+    join: orders what comes after behind work on other streams. A callback may fail a row, which scrubs and frees cache
+    blocks, so it is called before any: no caller can leave it out.
+    """
+
+    def __init__(self, join: Callable[[], None], copy: Callable[[torch.Tensor], HostCopy] = copy_to_host) -> None:
+        self._join = join
         self._copy = copy
         self._pending: deque[tuple[HostCopy, Callable[[list[Any]], None]]] = deque()
 
     def read(self, tensor: torch.Tensor, use: Callable[[list[Any]], None]) -> None:
-        """Calls `use` with the tensor's values as soon as they are known, and everything asked before has been told."""
+        """Calls `use` with the tensor's values once they, and all that were read before them, have arrived."""
+        self._join()
         self._pending.append((self._copy(tensor), use))
         self.settle()
 
     def settle(self, wait: bool = False) -> None:
-        """Tells what has arrived; with `wait` everything, which may keep the host waiting."""
+        """Uses the values that have arrived; with `wait` all of them, which may keep the host waiting."""
+        self._join()
         while self._pending and (wait or self._pending[0][0].is_there()):
             copy, use = self._pending.popleft()
             use(copy.read())

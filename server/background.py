@@ -20,6 +20,8 @@ from steersman.guidance.checkpoints import ModelRefused, first_line
 from steersman.guidance.policies import Policy
 from steersman.guidance.reward_loading import build_reward_model
 from steersman.guidance.rewards import RewardModel
+from steersman.guidance.streams import hold_stream
+from steersman.server.compilation import compile_sampling_kernels
 from steersman.server.loading import Destination
 from steersman.server.memory import require_room, weight_bytes
 from steersman.server.reading import POLICY, Wanted, read_apart
@@ -96,6 +98,7 @@ class ModelLoad:
         require_room(wanted.label, to.device, weight_bytes(Path(wanted.path), to.dtype), to.cache_bytes, read=False)
         checkpoint = read_apart(wanted)
         with _yielding(), _own_stream(to.device):
+            compile_sampling_kernels(to.vocabulary, to.device)
             self.model = _build(wanted, checkpoint, to)
             self.model.warm_up()
             self.model.check()
@@ -145,10 +148,11 @@ def _yielding() -> Iterator[None]:
 
 @contextmanager
 def _own_stream(device: torch.device) -> Iterator[None]:
+    """A model that is built inside keeps the stream."""
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
+    held = hold_stream(device)
+    with torch.cuda.stream(held.stream):
         yield
-        stream.synchronize()
+        held.stream.synchronize()

@@ -110,7 +110,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
                 if place < len(held.output):
                     held.output[place] = tokens[index]
 
-        self.runtime.late.read(fed, use)
+        self.runtime.read_late(fed, use)
 
     def _last_tokens(self, slots: list[int]) -> torch.Tensor:
         index = to_device(slots, self._states.device)

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 # A second thread beside a busy server slows the first one down many times over.
 torch.set_num_threads(1)
 
+collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
+"""What nothing but a GPU can show; everything else runs everywhere."""
+
 POISON = 319
 """A token whose embedding is NaN in the reward model `broken`: any prompt that holds it cannot be scored."""
 

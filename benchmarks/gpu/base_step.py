@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from steersman.benchmarks.shapes import Shape
+from steersman.guidance.graphs import Captured, CudaCapture
 
 _EPSILON = 1e-5
 
@@ -32,8 +33,8 @@ class BaseStep:
         self._norm = torch.ones(shape.hidden, dtype=dtype, device=device)
         self._layers = [self._make_layer() for _ in range(shape.layers)]
         self._caches: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._capture = CudaCapture(device) if device.type == "cuda" else None
+        self._captured: Captured | None = None
         self.tokens = torch.empty(0, dtype=torch.long, device=device)
         """[B] int64: what the next step feeds."""
         self.logits = torch.empty(0, vocabulary, device=device)
@@ -43,39 +44,28 @@ class BaseStep:
         """Makes caches, and a graph where there is a GPU, for so many sequences."""
         shape = self._shape
         size = (sequences, shape.kv_heads, self._context, self._width)
-        self._graph, self._caches = None, []
+        # What the last graph held goes first.
+        self._captured, self._caches = None, []
         self._caches = [(self._draw(*size), self._draw(*size)) for _ in range(shape.layers)]
         self.tokens = self.tokens.new_zeros(sequences)
         self.logits = self.logits.new_empty(sequences, self.logits.shape[1])
-        if self._stream is not None:
-            self._capture(self._stream)
+        if self._capture is not None:
+            self._captured = self._capture(self._forward)
 
     def step(self) -> None:
         """Feeds `tokens` and leaves `logits`."""
-        if self._graph is None:
+        if self._captured is None:
             self._forward()
         else:
-            self._graph.replay()
+            self._captured.replay()
 
-    def _capture(self, stream: torch.cuda.Stream) -> None:
-        current = torch.cuda.current_stream()
-        stream.wait_stream(current)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            self._forward()
-            graph.capture_begin()
-            self._forward()
-            graph.capture_end()
-        current.wait_stream(stream)
-        self._graph = graph
-
-    def _forward(self) -> None:
+    def _forward(self) -> torch.Tensor:
         hidden = F.embedding(self.tokens, self._embedding)
         for layer, caches in zip(self._layers, self._caches, strict=True):
             hidden = hidden + F.linear(self._attend(layer, self._normalise(hidden), caches), layer.out)
             gate, up = F.linear(self._normalise(hidden), layer.gate_up).chunk(2, dim=-1)
             hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
-        self.logits.copy_(F.linear(self._normalise(hidden), self._head))
+        return self.logits.copy_(F.linear(self._normalise(hidden), self._head))
 
     def _attend(self, layer: _Layer, hidden: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         sequences, shape = len(hidden), self._shape

@@ -99,12 +99,7 @@ def _vllm_environment() -> dict[str, str]:
 
 def _test_command(out: Path, gpu: bool) -> list[str]:
     """The tests that run on a GPU where there is one; in a rehearsal one file of each kind."""
-    tests = [
-        "tests/kernels",
-        "tests/guidance/test_gpu_step.py",
-        "tests/guidance/test_kernels.py",
-        "tests/guidance/test_graphs.py",
-    ]
+    tests = ["tests/gpu", "tests/kernels", "tests/guidance/test_gpu_step.py", "tests/guidance/test_kernels.py"]
     if not gpu:
         tests = [
             "tests/kernels/test_rerank.py",

@@ -63,7 +63,7 @@ class _Answers:
             for output, value in zip(self.outputs, values, strict=True):
                 output[place] = value
 
-        self.runtime.late.read(tokens.clone(), use)
+        self.runtime.read_late(tokens.clone(), use)
 
     def finish(self, steps: int) -> None:
         """Releases all; raises where a request was not guided at every step."""

@@ -15,8 +15,7 @@ from steersman.guidance.reference import ReferenceModels, reference_step
 from steersman.guidance.request import parse_guidance
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
-from steersman.guidance.transfer import LateReads
-from tests.support.device import LateSide, SlowCopy, forbid_host_reads
+from tests.support.device import LateSide, SlowCopy, copy_when_joined, forbid_host_reads
 from tests.support.gpu_runtime import DEVICE, acting_as_gpu, load_gpu_runtime
 from tests.support.oracle import causal_rewards, language_model, plan_of, vocabulary_rewards
 from tests.support.random_input import random_prompts
@@ -61,6 +60,11 @@ class CountedStream(CudaSideStream):
 
     forks = 0
 
+    @property
+    def waiting(self) -> bool:
+        """Whether something was forked and not joined."""
+        return self._forked
+
     def fork(self) -> AbstractContextManager[None]:
         """See SideStream.fork."""
         self.forks += 1
@@ -79,8 +83,8 @@ def side() -> Side:
 def runtime(models_on_gpu: GuidanceRuntime, side: Side) -> GuidanceRuntime:
     """Whose results arrive late, and whose second stream runs as late as it may."""
     SlowCopy.arrived = False
-    late = LateReads(SlowCopy)
-    return GuidanceRuntime(models_on_gpu.reward_models, 1, models_on_gpu.policies, side, late)
+    copy = copy_when_joined(side)
+    return GuidanceRuntime(models_on_gpu.reward_models, 1, models_on_gpu.policies, side, copy)
 
 
 class Decoding:
@@ -256,10 +260,11 @@ def test_what_is_read_ahead_is_joined_before_it_is_used(
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a real stream may be early by luck")
 @pytest.mark.parametrize("guidance", AHEAD.values(), ids=list(AHEAD))
 def test_without_the_join_the_distribution_is_wrong(
-    runtime: GuidanceRuntime, side: Side, models: Path, rng: random.Random, guidance: dict[str, Any],
+    models_on_gpu: GuidanceRuntime, side: Side, models: Path, rng: random.Random, guidance: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(side, "join", lambda: None)
+    runtime = GuidanceRuntime(models_on_gpu.reward_models, 1, models_on_gpu.policies, side, SlowCopy)
     with pytest.raises(AssertionError, match="differs from the reference"):
         _assert_steps_equal_reference(runtime, side, models, rng, guidance)
 
@@ -285,6 +290,23 @@ def _assert_steps_equal_reference(
                 assert error < 1e-4, f"row {n} differs from the reference by {error}"
     finally:
         decoding.finish()
+
+
+def test_work_that_fails_on_the_second_stream_is_joined(side: Side) -> None:
+    values = torch.zeros(4, device=DEVICE)
+    before = torch.cuda.current_stream() if DEVICE.type == "cuda" else None
+
+    def fail_half_way() -> None:
+        values.add_(1)
+        raise ValueError("half way")
+
+    with pytest.raises(ValueError, match="half way"), side.fork():
+        fail_half_way()
+    assert before is None or torch.cuda.current_stream() == before
+    assert side.waiting
+    side.join()
+    assert not side.waiting
+    assert values.tolist() == [1] * 4
 
 
 def test_what_was_read_ahead_is_read_once(

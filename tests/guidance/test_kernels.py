@@ -14,7 +14,7 @@ from steersman.guidance.request import parse_guidance
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
 from steersman.kernels.launch import Launch
-from steersman.kernels.production import attention_launches, sampling_launches
+from steersman.server import compilation
 from tests import laws
 from tests.support.gpu_runtime import DEVICE, acting_as_gpu, count_launches, load_gpu_runtime
 from tests.support.oracle import causal_rewards, language_model, load_oracle, plan_of, vocabulary_rewards
@@ -45,11 +45,22 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def on_kernels(models: Path) -> Iterator[GuidanceRuntime]:
+def compiled() -> set[tuple[Any, ...]]:
+    """Variants that were compiled when models were loaded."""
+    return set()
+
+
+@pytest.fixture(scope="module")
+def on_kernels(models: Path, compiled: set[tuple[Any, ...]]) -> Iterator[GuidanceRuntime]:
     """A runtime that takes the CPU for a device with kernels, from its models' probe on. Steps of up to ten candidates
     are replayed."""
     with acting_as_gpu():
-        yield load_gpu_runtime(models)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Launch, "compile", lambda launch: compiled.add(launch.variant))
+            patch.setattr(compilation, "has_kernels", lambda _: True)
+            runtime = load_gpu_runtime(models)
+            compilation.compile_sampling_kernels(VOCABULARY, DEVICE)
+        yield runtime
 
 
 @pytest.fixture
@@ -89,12 +100,9 @@ def test_rows_that_ask_for_other_things_do_not_touch_one_another(
 
 
 def test_what_steps_launch_has_been_compiled_before(
-    on_kernels: GuidanceRuntime, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+    on_kernels: GuidanceRuntime, compiled: set[tuple[Any, ...]], rng: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiling within a step would hold every stream up for seconds."""
-    compiled = {launch.variant for launch in sampling_launches(VOCABULARY).values()}
-    for width, heads, shared in ((32, 1, 2), (32, 2, 1)):
-        compiled |= {launch.variant for launch in attention_launches(torch.float32, width, heads, shared).values()}
     found: set[tuple[Any, ...]] = set()
     run = Launch.run
 

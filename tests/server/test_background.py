@@ -27,7 +27,9 @@ from tests.support.tiny import VOCABULARY
 
 @pytest.fixture
 def destination(models: Path) -> Destination:
-    return Destination(AutoTokenizer.from_pretrained(models / "base"), torch.float32, torch.device("cpu"), 2**22, 4)
+    return Destination(
+        AutoTokenizer.from_pretrained(models / "base"), torch.float32, torch.device("cpu"), 2**22, 4, VOCABULARY
+    )
 
 
 def _want(models: Path, kind: str, name: str) -> Wanted:

@@ -16,11 +16,10 @@ from transformers import AutoTokenizer
 from steersman.guidance.generate import load_runtime
 from steersman.guidance.report import merge_reports
 from steersman.guidance.runtime import GuidanceRuntime
-from steersman.guidance.transfer import LateReads
 from steersman.server import logits_v2
 from steersman.server.config import CONFIG_KEY
 from steersman.server.logits_v2 import GuidanceLogitsProcessor
-from tests.support.device import LateSide, SlowCopy
+from tests.support.device import LateSide, SlowCopy, copy_when_joined
 from tests.support.oracle import Oracle, load_oracle
 from tests.support.random_input import any_guidance, random_prompts
 from tests.support.tiny import END
@@ -128,7 +127,8 @@ def make_adapter(models: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Buf
 
     def build(*_: Any) -> GuidanceRuntime:
         loaded = load_runtime(tokenizer, rewards, policies, cache_bytes=2**22)
-        return GuidanceRuntime(loaded.reward_models, END, loaded.policies, LateSide(), LateReads(SlowCopy))
+        side = LateSide()
+        return GuidanceRuntime(loaded.reward_models, END, loaded.policies, side, copy_when_joined(side))
 
     monkeypatch.setattr(logits_v2, "build_runtime", build)
     return lambda states: GuidanceLogitsProcessor(SimpleNamespace(speculative_config=None), states)  # type: ignore[arg-type]
@@ -166,6 +166,32 @@ def test_answers_and_reports_are_the_references_whatever_the_slots_do(
         compared += oracle.assert_report(request.prompt, request.guidance, request.output, report)
     assert compared > 10
     assert not any(m.describe()["cache_blocks_in_use"] for a in adapters for m in a.runtime.reward_models.values())
+
+
+def test_values_are_used_only_when_what_was_read_ahead_is_joined(
+    make_adapter: Callable[[Buffers], GuidanceLogitsProcessor], models: Path, rng: random.Random
+) -> None:
+    """A step reads the tokens that it was fed: what had arrived by then may fail a row, whose cache blocks are scrubbed
+    while a model on the second stream still reads them."""
+    oracle, states = load_oracle(models), Buffers()
+    adapter = make_adapter(states)
+    engine = Engine(rng, oracle, [adapter], states)
+    requests = [
+        Request(f"{n:032x}", prompt, {"method": "mixed", "policy": "expert", "mix": 0.5}, 6)
+        for n, prompt in enumerate(random_prompts(rng, 3, longest=30))
+    ]
+    for request in requests:
+        engine.add(request)
+    settled = 0
+    while engine.slots:
+        SlowCopy.arrived = not SlowCopy.arrived
+        engine.step()
+        settled += 1
+    assert settled > 6
+    side: Any = adapter.runtime._side
+    assert side.forks > 3
+    for request in requests:
+        assert adapter.runtime.finish((request.key, None), request.output).error is None  # type: ignore[union-attr]
 
 
 def _wanted(rng: random.Random, ranks: int) -> dict[str, Any]:

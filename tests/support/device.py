@@ -7,7 +7,7 @@ Torch's operations are seen by a dispatch mode, Triton's kernels where they are 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def recording() -> Iterator[Recording]:
 
 
 def capture_by_recording(work: Callable[[], torch.Tensor]) -> Captured:
-    """As `graphs.capture_on_cuda` does; nothing may come from the host while it captures."""
+    """As `graphs.CudaCapture` does; nothing may come from the host while it captures."""
     work()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transfer, "to_device", _refuse)
@@ -103,14 +103,21 @@ class LateSide:
         self._waiting: list[Recording] = []
         self.forks = 0
 
+    @property
+    def waiting(self) -> bool:
+        """Whether something was forked and not joined."""
+        return bool(self._waiting)
+
     @contextmanager
     def fork(self) -> Iterator[None]:
-        """See SideStream.fork."""
-        with recording() as mode:
-            yield
-        mode.undo()
-        self._waiting.append(mode)
-        self.forks += 1
+        """See SideStream.fork. What was begun before an error runs all the same."""
+        try:
+            with recording() as mode:
+                yield
+        finally:
+            mode.undo()
+            self._waiting.append(mode)
+            self.forks += 1
 
     def join(self) -> None:
         """See SideStream.join."""
@@ -134,6 +141,37 @@ class SlowCopy:
     def read(self) -> list[Any]:
         """See HostCopy.read."""
         return list(_TOLIST(self._tensor))
+
+
+class Side(Protocol):
+    """A second stream that shows whether it is joined."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something was forked and not joined."""
+        ...
+
+
+def copy_when_joined(side: Side) -> Callable[[torch.Tensor], SlowCopy]:
+    """Slow copies that are looked at only when nothing that was forked is still waiting: what is done with their
+    values may change what a model on the second stream still reads."""
+
+    class JoinedCopy(SlowCopy):
+        def __init__(self, tensor: torch.Tensor) -> None:
+            assert not side.waiting, "a value is copied before the second stream is joined"
+            super().__init__(tensor)
+
+        def is_there(self) -> bool:
+            """See HostCopy.is_there."""
+            assert not side.waiting, "values are used before the second stream is joined"
+            return super().is_there()
+
+        def read(self) -> list[Any]:
+            """See HostCopy.read."""
+            assert not side.waiting, "values are used before the second stream is joined"
+            return super().read()
+
+    return JoinedCopy
 
 
 _TOLIST = torch.Tensor.tolist
