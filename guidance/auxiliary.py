@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -105,6 +106,8 @@ class CausalModel:
         self._layout = Layout(self.cache, self.device)
         self.graphs = StepGraphs()
         self._capture = self._make_capture() if self._by_kernel else None
+        self.probes = count()
+        """Seeds of the probes that verify the model: none may read from the cache what an earlier one wrote."""
         self.sizes = [] if self._capture is None else choose_sizes(max_rows, candidates)
         """(rows, candidates) that steps are captured for."""
         if self.sizes:

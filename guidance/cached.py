@@ -9,7 +9,7 @@ import torch
 from steersman.guidance.auxiliary import CausalModel, Prefix
 from steersman.guidance.cache import PagedCache
 from steersman.guidance.checkpoints import find_language_head
-from steersman.guidance.verification import evaluate_plainly, verify
+from steersman.guidance.verification import verify
 
 
 class CachedModel(ABC):
@@ -63,7 +63,7 @@ class NextTokenModel(CachedModel):
     @torch.inference_mode()
     def check(self) -> None:
         """See CachedModel.check."""
-        verify(self.model, lambda ids: evaluate_plainly(self.model, ids)[-1].float(), self.vocabulary, candidates=0)
+        verify(self.model, self.vocabulary, branching=False)
 
     def read(self, prefixes: Sequence[Prefix], last: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
         """See CausalModel.read: outputs [G, V of the model], one for every next token."""

@@ -14,7 +14,7 @@ from steersman.guidance.cached import CachedModel, NextTokenModel
 from steersman.guidance.checkpoints import find_head, training_facts
 from steersman.guidance.graphs import CANDIDATES
 from steersman.guidance.plan import Formula
-from steersman.guidance.verification import evaluate_plainly, verify
+from steersman.guidance.verification import verify
 
 _TEXT_CHUNK = 64
 """Positions whose rewards over a whole vocabulary are held at once."""
@@ -124,7 +124,7 @@ class CausalReward(_CachedReward):
     @torch.inference_mode()
     def check(self) -> None:
         """See RewardModel.check."""
-        verify(self.model, lambda ids: evaluate_plainly(self.model, ids).float(), self.vocabulary, candidates=3)
+        verify(self.model, self.vocabulary, branching=True)
 
     def tokens_per_step(self, formula: Formula) -> int:
         """See RewardModel.tokens_per_step."""
