@@ -84,7 +84,7 @@ def plan_stages(out: Path, gpu: bool, vllm: bool) -> list[Stage]:
         Stage("compile", 60, module("compile_kernels")),
         Stage("check", 60, module("check_kernels"), interpreted),
         Stage("step", 170, module("guided_step")),
-        Stage("tests", 110, _test_command(out, gpu)),
+        Stage("tests", 150, _test_command(out, gpu)),
         Stage("kernels", 90, module("time_kernels"), interpreted),
         Stage("sanitizer", 110, module("sanitize"), interpreted),
         *([Stage("vllm", 300, module("decode_with_vllm"), _vllm_environment())] if vllm else []),
