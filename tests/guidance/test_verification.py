@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -11,13 +12,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from steersman.guidance import attention
+from steersman.guidance import attention, verification
 from steersman.guidance.attention import AttentionBatch
 from steersman.guidance.cached import CachedModel
 from steersman.guidance.checkpoints import ModelRefused
 from steersman.guidance.layout import Branches, Layout
 from steersman.guidance.policies import Policy
 from steersman.guidance.rewards import CausalReward
+from steersman.guidance.verification import verify
 from tests.guidance.test_architectures import ARCHITECTURES
 from tests.support.tiny import COMMON, randomise
 
@@ -183,6 +185,17 @@ def test_rewards_that_hardly_differ_pass_and_are_not_divided_by(dtype: torch.dty
     model.check()
 
 
+def test_one_unit_of_precision_passes_where_no_rounding_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewards of almost one value are rounded to a few numbers, which the repeated forwards may all hit again."""
+    monkeypatch.setattr(verification, "_disturbed", lambda *_: nullcontext())
+    model: Any = _build("Llama", "reward", torch.bfloat16, 7, 0.12)
+    head = model.model.model.score
+    head.weight.mul_(0.03)
+    head.bias = torch.nn.Parameter(torch.full((1,), 3.0, dtype=torch.bfloat16), requires_grad=False)
+    for _ in range(10):
+        model.check()
+
+
 @pytest.mark.parametrize("padding", [0, None])
 def test_padding_among_the_candidates_does_not_matter(padding: int | None) -> None:
     """A classifier reads its output at the last token that is not padding, and takes one text at a time without it."""
@@ -195,3 +208,20 @@ def test_outputs_that_are_not_numbers_are_refused() -> None:
     model.model.model.score.weight.fill_(torch.nan)
     with pytest.raises(ModelRefused, match="by nan"):
         model.check()
+
+
+@torch.inference_mode()
+def test_no_check_finds_in_the_cache_what_an_earlier_one_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that a captured graph does not write would be there from the check before the capture."""
+    causal = _build("Llama", "reward", torch.float32, 6, 0.12).model
+    counts: list[list[int]] = []
+    catch_up = causal.catch_up
+
+    def recorded(prefixes: Any) -> list[int]:
+        counts.append(catch_up(prefixes))
+        return counts[-1]
+
+    monkeypatch.setattr(causal, "catch_up", recorded)
+    for _ in range(3):
+        verify(causal, COMMON["vocab_size"], branching=True)
+    assert counts == [[16, 11, 4]] * 3
