@@ -66,6 +66,7 @@ class ModelLoad:
     def __init__(self, wanted: Wanted, destination: Destination) -> None:
         self.model: Policy | RewardModel | None = None
         self._turns: Iterator[None] | None = None
+        self._failure: str | None = None
         self._task = BackgroundTask(lambda: self._load(wanted, destination))
 
     @property
@@ -75,15 +76,20 @@ class ModelLoad:
 
     def advance(self) -> bool:
         """Whether it is loaded; called between steps, and does a short turn of what can be done only there. Raises
-        ModelRefused."""
+        ModelRefused, and does so at every later call: other workers may not have come as far."""
         if self.reading:
             return False
-        if self._task.failure is not None:
-            raise ModelRefused(self._task.failure)
+        self._failure = self._failure or self._task.failure
+        if self._failure is not None:
+            raise ModelRefused(self._failure)
         assert self.model is not None
         if self._turns is None:
             self._turns = self._finish(self.model)
-        return next(self._turns, _DONE) is _DONE
+        try:
+            return next(self._turns, _DONE) is _DONE
+        except (ModelRefused, RuntimeError) as error:
+            self._failure = str(error)
+            raise
 
     def _finish(self, model: Policy | RewardModel) -> Iterator[None]:
         captured = False

@@ -95,6 +95,25 @@ def test_a_reader_that_dies_is_a_refusal(models: Path, destination: Destination)
         _finish(ModelLoad(wanted, destination))
 
 
+def test_a_refusal_is_repeated_to_whoever_comes_later(
+    models: Path, destination: Destination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several workers one may refuse in its last check while another still captures, and is called again."""
+    monkeypatch.setattr(background, "read_apart", read)
+    with acting_as_gpu():
+        load = ModelLoad(_want(models, "reward_model", "first"), destination)
+        while load.reading:
+            time.sleep(0.01)
+        monkeypatch.setattr(load.model, "check", _refuse)
+        for _ in range(2):
+            with pytest.raises(ModelRefused, match="not as it should be"):
+                _finish(load)
+
+
+def _refuse() -> None:
+    raise ModelRefused("not as it should be")
+
+
 @contextmanager
 def _without_collection() -> Iterator[None]:
     gc.collect()
