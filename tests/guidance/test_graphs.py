@@ -1,6 +1,7 @@
 """A capture that fails leaves torch as it was, and a model whose graphs cannot be captured runs without any."""
 
 import gc
+import logging
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,10 @@ def test_a_model_whose_capture_fails_runs_without_graphs_and_keeps_none(
     tokenizer = AutoTokenizer.from_pretrained(models / "base")
     checkpoint = read_reward_checkpoint("first", str(models / "first"), tokenizer)
     capture = _FailingCapture(last)
+    # Of its own: what else runs in the process may have silenced the project's loggers.
+    logger = logging.Logger("auxiliary")
+    logger.addHandler(caplog.handler)
+    monkeypatch.setattr(auxiliary, "logger", logger)
     with acting_as_gpu():
         monkeypatch.setattr(auxiliary, "make_capture", lambda _: capture)
         model: Any = build_reward_model("first", checkpoint, tokenizer, "cpu", 2**22, 4)

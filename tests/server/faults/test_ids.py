@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -20,6 +21,14 @@ PREFERRED = {str(token): 100 for token in BEYOND}
 """A bias by which the base takes them before all others."""
 
 
+@pytest.fixture(autouse=True)
+def _the_server_lives(supervised: SupervisedServer) -> Iterator[None]:
+    """It may have been ended, and started again, by tests before."""
+    ended = list(supervised.codes)
+    yield
+    assert supervised.codes == ended
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("guidance", [GUIDED, BEST_OF_N, BLOCKWISE], ids=lambda guidance: guidance["method"])
 def test_a_prompt_that_the_model_cannot_read_is_refused(
@@ -35,7 +44,6 @@ def test_a_prompt_that_the_model_cannot_read_is_refused(
     words = (f"token {token}", "reward model 'first'", f"0 to {VOCABULARY - 1}", "leave the token out")
     assert all(word in error["message"] for word in words), error
     assert supervised.post("/v1/completions", body).status_code == 200, "the base reads it"
-    assert not supervised.codes
 
 
 @pytest.mark.parametrize(
@@ -55,7 +63,6 @@ def test_a_text_that_the_model_cannot_read_is_not_scored(
     assert error["param"] == field
     assert all(word in error["message"] for word in ("'first'", "token 32", f"0 to {VOCABULARY - 1}")), error
     assert supervised.post("/v1/rewards", body).status_code == 200
-    assert not supervised.codes
 
 
 def test_what_the_base_prefers_and_the_model_cannot_read_is_not_chosen(
@@ -87,7 +94,6 @@ def test_what_the_base_prefers_and_the_model_cannot_read_is_not_chosen(
         message = failure.json()["error"]["message"]
         assert all(word in message for word in ("'first'", "raise top_k")), message
     assert_no_block_stays_in_use(supervised)
-    assert not supervised.codes
 
 
 def test_what_a_model_reads_is_shown(supervised: SupervisedServer) -> None:
