@@ -27,10 +27,10 @@ class Contest:
     floor_bytes: int
     """Least that has to be read and written."""
     make_inputs: Callable[[], Inputs]
-    """Fresh random arguments."""
+    """Draws random arguments for one call, new ones each time."""
     versions: dict[str, Version]
     truth: Version
-    """The outputs from float64."""
+    """The same outputs, computed in float64."""
     limit: float = 1e-4
     """On the error of an output over its size."""
     unordered: frozenset[int] = field(default=frozenset())

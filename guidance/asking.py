@@ -56,7 +56,7 @@ class Auxiliaries:
 
     @property
     def by_name(self) -> dict[str, RewardModel | Policy]:
-        """Reward models and policies."""
+        """All reward models and policies; they share no name."""
         return {**self.reward_models, **self.policies}
 
     def add(self, model: RewardModel | Policy) -> None:

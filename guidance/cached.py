@@ -22,7 +22,7 @@ class CachedModel(ABC):
         self.model = model
         self.window = model.window
         self.vocabulary = model.vocabulary
-        """See RewardModel.vocabulary."""
+        """Token ids below this number can be read."""
 
     @property
     def cache(self) -> PagedCache:

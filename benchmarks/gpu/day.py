@@ -41,7 +41,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage ended."""
+    """How a stage ended, and after how many seconds."""
 
     name: str
     ended: str

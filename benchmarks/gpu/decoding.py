@@ -50,7 +50,7 @@ class _Answers:
         self.requests: list[GuidedRequest] = [runtime.start(next(_keys), plan, len(prompt)) for prompt in prompts]
 
     def rows(self) -> list[Row]:
-        """The batch's rows."""
+        """Returns the batch's rows, in the order of the prompts."""
         return [Row(n, request, self.prompts[n], self.outputs[n]) for n, request in enumerate(self.requests)]
 
     def append(self, tokens: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ from steersman.guidance.runtime import GuidanceRuntime
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is loaded."""
+    """Shapes of the models and sizes of the decoding that they are loaded for."""
 
     base: str
     auxiliary: str
