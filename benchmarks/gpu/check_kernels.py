@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from steersman.benchmarks.gpu.findings import Findings, stage_parser
+from steersman.benchmarks.gpu.findings import Findings, describe_error, stage_parser
 from steersman.benchmarks.gpu.kernel_cases import Case, all_cases, sanitized_cases, tiny_cases
 from steersman.benchmarks.kernels import relative_error
 
@@ -42,7 +42,7 @@ def _attempt(check: Callable[[Case], dict[str, Any]], case: Case) -> dict[str, A
     try:
         return check(case)
     except Exception as error:
-        return {"verdict": "raised", "error": f"{type(error).__name__}: {error}"[:400]}
+        return {"verdict": "raised", "error": describe_error(error)}
 
 
 def check_case(case: Case) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 
 import torch
 
-from steersman.benchmarks.gpu.findings import Findings, stage_parser
+from steersman.benchmarks.gpu.findings import Findings, describe_error, stage_parser
 from steersman.kernels.launch import Launch
 from steersman.kernels.production import distinct_launches, production_launches
 
@@ -49,7 +49,7 @@ def compile_named(name: str) -> tuple[float, str | None]:
     try:
         _compile(production_launches()[name])
     except Exception as error:
-        return time.perf_counter() - began, f"{type(error).__name__}: {error}"[:400]
+        return time.perf_counter() - began, describe_error(error)
     return time.perf_counter() - began, None
 
 

@@ -66,12 +66,14 @@ class _Answers:
         self.runtime.read_late(tokens.clone(), use)
 
     def finish(self, steps: int) -> None:
-        """Releases all; raises where a request was not guided at every step."""
+        """Releases all requests; raises RuntimeError where one was not guided at every step."""
         self.runtime.settle(wait=True)
-        for request, output in zip(self.requests, self.outputs, strict=True):
-            report = self.runtime.finish(request.key, output)
+        pairs = zip(self.requests, self.outputs, strict=True)
+        reports = [self.runtime.finish(request.key, output) for request, output in pairs]
+        for report in reports:
             if report is None or report.error is not None or report.guided_tokens != steps:
-                raise AssertionError(f"{steps} steps were to be guided: {report}")
+                reason = "no report" if report is None else report.error or f"{report.guided_tokens} steps were guided"
+                raise RuntimeError(f"{steps} steps were to be guided: {reason}")
 
 
 class Decoding:

@@ -27,6 +27,11 @@ def read_findings(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def describe_error(error: Exception) -> str:
+    """The kind of an error and the start of its message."""
+    return f"{type(error).__name__}: {error}"[:400]
+
+
 def stage_parser(stage: str, description: str | None) -> argparse.ArgumentParser:
     """The flags that every stage takes: where findings go, and whether sizes are a rehearsal's."""
     parser = argparse.ArgumentParser(prog=f"python -m steersman.benchmarks.gpu.{stage}", description=description)

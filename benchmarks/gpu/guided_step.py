@@ -17,14 +17,15 @@ from typing import Any
 import torch
 
 from steersman.benchmarks.gpu.decoding import Decoding, Measured
-from steersman.benchmarks.gpu.findings import Findings, stage_parser
+from steersman.benchmarks.gpu.findings import Findings, describe_error, stage_parser
 from steersman.benchmarks.gpu.models import METHODS, Sizes, load_decoding
 from steersman.benchmarks.kernels import measure_device
 from steersman.benchmarks.shapes import SHAPES
 
 
 def main(argv: Sequence[str]) -> int:
-    """Writes a finding for each method and number of sequences; 1 where a step waited for the device."""
+    """Writes a finding for each method and number of sequences; 1 where a step waited for the device, or something
+    raised. What raises is left out, and the rest is measured."""
     args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     findings = Findings(args.out, "step")
@@ -32,15 +33,15 @@ def main(argv: Sequence[str]) -> int:
     rate = measure_device().bytes_per_second if device.type == "cuda" else None
     decoding = load_decoding(sizes, device, findings)
     methods = [name for name, needed in METHODS.items() if needed.model in (None, *decoding.models)]
-    waited = 0
+    failed = len(METHODS) - len(methods) - (args.policy is None)
     for sequences in args.sequences:
         decoding.base.prepare(sequences)
         if device.type == "cuda":
-            waited += sum(not check_synchronisation(decoding, name, sequences, findings) for name in methods[1:])
-        measure(decoding, methods, sequences, args, rate, findings)
+            failed += sum(not check_synchronisation(decoding, name, sequences, findings) for name in methods[1:])
+        failed += measure(decoding, methods, sequences, args, rate, findings)
     if device.type == "cuda":
         findings.add("memory", peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 1))
-    return int(waited > 0)
+    return int(failed > 0)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -80,15 +81,23 @@ def check_synchronisation(decoding: Decoding, method: str, sequences: int, findi
 def measure(
     decoding: Decoding, methods: Sequence[str], sequences: int, args: argparse.Namespace, rate: float | None,
     findings: Findings,
-) -> None:  # fmt: skip
-    """Rounds of all methods in turn, every other one backwards, so that a drift of the clock is nobody's gain."""
+) -> int:  # fmt: skip
+    """Rounds of all methods in turn, every other one backwards, so that a drift of the clock is nobody's gain. Returns
+    the number of methods that raised, which are not asked for further rounds."""
     found: dict[str, list[Measured]] = {name: [] for name in methods}
     for turn in range(args.rounds):
-        for name in methods if turn % 2 == 0 else reversed(methods):
-            found[name].append(decoding.run(name, sequences, args.steps))
+        for name in list(found) if turn % 2 == 0 else list(reversed(found)):
+            try:
+                found[name].append(decoding.run(name, sequences, args.steps))
+            except Exception as error:
+                if name == "plain":
+                    raise
+                findings.add("raised", method=name, sequences=sequences, error=describe_error(error))
+                del found[name]
     for name, rounds in found.items():
         floor = None if rate is None else 1e3 * decoding.weight_bytes(name) / rate
         findings.add("step", method=name, sequences=sequences, **summarise(rounds, found["plain"], floor))
+    return len(methods) - len(found)
 
 
 def summarise(rounds: Sequence[Measured], plain: Sequence[Measured], floor_ms: float | None) -> dict[str, Any]:

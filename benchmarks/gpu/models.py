@@ -10,7 +10,7 @@ import transformers
 
 from steersman.benchmarks.gpu.base_step import BaseStep
 from steersman.benchmarks.gpu.decoding import Decoding, Method, synchronise
-from steersman.benchmarks.gpu.findings import Findings
+from steersman.benchmarks.gpu.findings import Findings, describe_error
 from steersman.benchmarks.shapes import SHAPES
 from steersman.guidance.cached import make_ready
 from steersman.guidance.overlap import make_side_stream
@@ -51,7 +51,7 @@ METHODS = {
 
 
 def load_decoding(sizes: Sizes, device: torch.device, findings: Findings) -> Decoding:
-    """Makes every model, captures its step and checks it, with a finding for each."""
+    """Makes every model, captures its step and checks it, with a finding for each; one that fails is left out."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape, vocabulary = SHAPES[sizes.base], SHAPES[sizes.base].vocabulary
     began = time.perf_counter()
@@ -77,9 +77,14 @@ def load_decoding(sizes: Sizes, device: torch.device, findings: Findings) -> Dec
     models: dict[str, Any] = {}
     for name, make in makers.items():
         began = time.perf_counter()
-        models[name] = make()
-        make_ready(models[name])
-        synchronise(device)
+        try:
+            model = make()
+            make_ready(model)
+            synchronise(device)
+        except Exception as error:
+            findings.add("raised", model=name, error=describe_error(error))
+            continue
+        models[name] = model
         facts = models[name].describe()
         findings.add(
             "loaded", model=name, seconds=round(time.perf_counter() - began, 1), weight_bytes=facts["weight_bytes"],

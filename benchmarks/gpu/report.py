@@ -96,6 +96,7 @@ def _answers(findings: Sequence[dict[str, Any]], tests: dict[str, int] | None, r
         _compiled(findings),
         _checked(findings),
         _waits(findings),
+        *_raised(findings),
         _tests(tests),
         *steps_and_kernels,
         *_sanitized(findings),
@@ -154,6 +155,13 @@ def _waits(findings: Sequence[dict[str, Any]]) -> Answer:
     where = [f"{found['method']} at {found['sequences']}: {' '.join(found['where'][-2:])}" for found in waits]
     text = f"{len(waits)} of {len(waits) + len(checked)}"
     return Answer("steps that wait for the device", "; ".join([text, *where]), "none", not waits)
+
+
+def _raised(findings: Sequence[dict[str, Any]]) -> list[Answer]:
+    """Models and methods that were left out because they raised; nothing where none did."""
+    found = _select(findings, "step", "raised")
+    text = "; ".join(f"{f.get('model') or f['method']}: {f['error']}" for f in found)
+    return [Answer("models and methods that raised", text, "none", False)] if found else []
 
 
 def _tests(tests: dict[str, int] | None) -> Answer:

@@ -15,7 +15,7 @@ import torch
 from steersman.benchmarks.gpu.findings import Findings, stage_parser
 
 TOOLS = ("memcheck", "racecheck")
-_KERNELS = "regex=^_(scan|finish|rerank|stream|sample|blend|attend|merge)$"
+_KERNELS = "regex=^_(scan|finish|rerank|stream|sample|blend|attend|merge)"
 _ERRORS_FOUND = 9
 _SECONDS_EACH = 50
 _SUMMARY = re.compile(r"(ERROR SUMMARY: \d+ errors?|RACECHECK SUMMARY: .*)")

@@ -12,7 +12,7 @@ from dataclasses import asdict
 import torch
 
 from steersman.benchmarks.contests import COMPILED, OURS, Contest, all_contests
-from steersman.benchmarks.gpu.findings import Findings, stage_parser
+from steersman.benchmarks.gpu.findings import Findings, describe_error, stage_parser
 from steersman.benchmarks.kernels import Device, measure_device, over_floor, run_contest, time_calls, time_on_host
 
 _NO_DEVICE = Device("CPU", 1e10, 0.0)
@@ -34,8 +34,8 @@ def main(argv: Sequence[str]) -> int:
             timed = run_contest(contest, time_on_host if args.tiny else time_calls, versions, 1 if args.tiny else None)
         except Exception as error:
             wrong += OURS in versions
-            text = f"{type(error).__name__}: {error}"[:400]
-            findings.add("raised", kernel=contest.kernel, shape=contest.shape, versions=versions, error=text)
+            what = {"kernel": contest.kernel, "shape": contest.shape, "versions": versions}
+            findings.add("raised", **what, error=describe_error(error))
             continue
         for row in timed:
             wrong += row.version == OURS and not row.right

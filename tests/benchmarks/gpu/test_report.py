@@ -84,6 +84,17 @@ def test_waits_wrong_kernels_failed_launches_and_reports_of_a_sanitizer_are_name
     assert answers["compute-sanitizer, racecheck"] == ("ERROR SUMMARY: 9 errors", False)
 
 
+def test_what_raised_is_named_and_the_rest_is_reported(tmp_path: Path) -> None:
+    raised = [
+        {"stage": "step", "what": "raised", "model": "vocabulary", "error": "ModelRefused: it differs"},
+        {"stage": "step", "what": "raised", "method": "mixed", "sequences": 8, "error": "RuntimeError: no"},
+    ]
+    answers = _answers(_write(tmp_path, DEVICE, *raised, _step("candidate scoring", 1, 1.1)))
+    text = "vocabulary: ModelRefused: it differs; mixed: RuntimeError: no"
+    assert answers["models and methods that raised"] == (text, False)
+    assert answers["step over plain, candidate scoring"][1]
+
+
 def test_what_was_not_reached_is_neither_met_nor_missed(tmp_path: Path) -> None:
     answers = _answers(_write(tmp_path))
     assert {met for _, met in answers.values()} == {None}
