@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from steersman.training.data.preferences import TokenizedPreference
+from steersman.training.outputs import end_scores, token_logits
 from steersman.training.prefixes import SHARES, cut, tokens_at
 
 
@@ -33,7 +34,7 @@ def accuracy_of(
 
 def score_ends(model: PreTrainedModel, sequences: Sequence[Sequence[int]], batch: int = 64) -> torch.Tensor:
     """Of a classifier: the score of each sequence of token ids, [N] float32, on the CPU."""
-    return _by_length(model, sequences, batch, lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits[:, 0])
+    return _by_length(model, sequences, batch, lambda ids, mask: end_scores(model, model, ids, mask)[:, 0])
 
 
 def score_last_tokens(model: PreTrainedModel, sequences: Sequence[Sequence[int]], batch: int = 64) -> torch.Tensor:
@@ -41,9 +42,8 @@ def score_last_tokens(model: PreTrainedModel, sequences: Sequence[Sequence[int]]
 
     def outputs(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         last = mask.sum(dim=1, keepdim=True) - 1
-        logits = model(input_ids=ids, attention_mask=mask).logits
-        before = logits[torch.arange(len(ids), device=ids.device), last[:, 0] - 1]
-        return before.gather(1, ids.gather(1, last))[:, 0]
+        tokens = ids.gather(1, last).unsqueeze(-1)
+        return token_logits(model, model, {"input_ids": ids, "attention_mask": mask}, last, tokens)[:, 0, 0]
 
     return _by_length(model, sequences, batch, outputs)
 
@@ -58,7 +58,7 @@ def _by_length(
     """`outputs` of padded ids and masks [B, T], [B] each; sequences of like length share a batch."""
     was_training = model.training
     model.eval()
-    pad = model.config.get_text_config().pad_token_id
+    pad = model.config.get_text_config().pad_token_id or 0
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     scores = torch.empty(len(sequences))
     for start in range(0, len(order), batch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,11 @@ def save_checkpoint(
     """
     computes_in = str(model.dtype).removeprefix("torch.")
     setattr(model.config, FACTS, facts)
-    model.to(getattr(torch, store)).save_pretrained(folder)
+    with _stored_as(model, store):
+        model.save_pretrained(folder)
     _save_tokenizer(tokenizer, folder)
     (Path(folder) / "model.safetensors").chmod(0o644)  # written readable by its owner only
     _set_config(folder, "dtype", computes_in)
-    model.to(getattr(torch, computes_in))
 
 
 def save_adapter(
@@ -40,14 +42,28 @@ def save_adapter(
 ) -> None:
     """Writes a PEFT model's adapter in `store` precision, and the facts in a config.json of the model it belongs to."""
     computes_in = str(model.dtype).removeprefix("torch.")
-    # Embeddings are not adapted; left to itself, PEFT asks the Hub whether they were resized.
-    model.to(getattr(torch, store)).save_pretrained(folder, save_embedding_layers=False)
-    model.to(getattr(torch, computes_in))
+    with _stored_as(model, store):
+        # Embeddings are not adapted; left to itself, PEFT asks the Hub whether they were resized.
+        model.save_pretrained(folder, save_embedding_layers=False)
     model.config.save_pretrained(folder)
     _save_tokenizer(tokenizer, folder)
     (Path(folder) / "adapter_model.safetensors").chmod(0o644)  # written readable by its owner only
     _set_config(folder, "dtype", computes_in)
     _set_config(folder, FACTS, facts)
+
+
+@contextmanager
+def _stored_as(model: Any, store: str) -> Iterator[None]:
+    """Has what was trained in `store` precision for a while. The rest stays as it is: what is frozen or computed, such
+    as rotary frequencies, would not come back from a lower precision, and the model is measured after it is saved."""
+    trained = {parameter: parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    for parameter in trained:
+        parameter.data = parameter.data.to(getattr(torch, store))
+    try:
+        yield
+    finally:
+        for parameter, computes_in in trained.items():
+            parameter.data = parameter.data.to(computes_in)
 
 
 def round_weights(model: PreTrainedModel, store: str) -> None:

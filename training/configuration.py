@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
@@ -15,6 +16,7 @@ from trl.scripts.utils import TrlParser
 
 from steersman.training.data.preferences import DataError, load_tokenizer
 from steersman.training.errors import ConfigError
+from steersman.training.options import check_options
 from steersman.training.output import claim
 
 Arguments = TypeVar("Arguments", bound="RunArguments")
@@ -51,6 +53,7 @@ def run(
     """
     try:
         arguments, config = parse(kind, arguments_type, config_type(argv), argv)
+        check_options(config)
         _check_reports(config)
         claim(config, arguments.overwrite_output_dir)
         train(arguments, config)
@@ -73,7 +76,35 @@ def parse(
     except _REFUSED as error:
         raise one_line(error) from None
     _check_choices(arguments)
+    _follow_train_file(arguments, argv)
     return arguments, config
+
+
+def _follow_train_file(arguments: Any, argv: Sequence[str]) -> None:
+    """Leaves out the validation_file of a configuration file whose train_file is replaced by a flag: it holds rows of
+    other data, and may not be there at all."""
+    flags = {part.split("=")[0].lstrip("-").replace("-", "_") for part in argv if part.startswith("--")}
+    other = getattr(arguments, "validation_file", None)
+    if other and "train_file" in flags and "validation_file" not in flags:
+        arguments.validation_file = None
+        log(
+            f"validation_file {other} is left out, since --train_file replaces the data that it belongs to: name your "
+            "own with --validation_file"
+        )
+
+
+def log(message: str) -> None:
+    """Writes a line to standard error, once for all processes of a training."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+
+
+def log_data(arguments: Any, rows: int, held_out: int) -> None:
+    """Writes what is trained on, and what is measured on if anything."""
+    measured = f"measured on {held_out} rows of {arguments.validation_file}"
+    if not held_out:
+        measured = "not measured: there is no validation_file"
+    log(f"training on {rows} rows of {arguments.train_file}; the model is {measured}")
 
 
 def peek(kind: str, arguments_type: type[Peeked], argv: Sequence[str]) -> Peeked:
@@ -107,6 +138,36 @@ def load(path: str, auto_model: Any, **options: Any) -> tuple[PreTrainedModel, P
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} can't be loaded: {str(error).splitlines()[0]}") from None
     return model, tokenizer
+
+
+def prepare_tokenizer(path: str, config: Any) -> PreTrainedTokenizerBase:
+    """A checkpoint's tokenizer with the `eos_token`, `pad_token` and `chat_template_path` of TRL's configuration, if it
+    has them; without a padding token anywhere the end token is one. Raises ConfigError or DataError.
+
+    What is padding is known by its place, so that a padding token may be the end token too.
+    """
+    tokenizer = load_tokenizer(path)
+    for name in ("eos_token", "pad_token"):
+        token = getattr(config, name, None)
+        if token is not None and token not in tokenizer.get_vocab():
+            raise ConfigError(f"{name}: {token!r} is no token of {path}: name one of its vocabulary, or leave it out")
+        if token is not None:
+            setattr(tokenizer, name, token)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    template = getattr(config, "chat_template_path", None)
+    if template is not None:
+        tokenizer.chat_template = _read_template(template)
+    return tokenizer
+
+
+def _read_template(path: str) -> str:
+    if not path.endswith((".jinja", ".j2")):
+        raise ConfigError(f"chat_template_path: a file of Jinja (.jinja or .j2), not {path}: no tokens can be added")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat_template_path: {path} can't be read: {error}") from None
 
 
 def _check_choices(arguments: Any) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
-from steersman.training.checkpoints import round_weights, save_adapter, save_checkpoint, write_policy_card
-from steersman.training.configuration import ConfigError, load, one_line, peek, run
-from steersman.training.data.preferences import TokenizedPreference, load_preferences, load_tokenizer
+from steersman.training.checkpoints import add_facts, round_weights, save_adapter, save_checkpoint, write_policy_card
+from steersman.training.configuration import ConfigError, load, log, log_data, one_line, peek, prepare_tokenizer, run
+from steersman.training.data.preferences import TokenizedPreference, load_preferences
 from steersman.training.figure import draw_accuracy
 from steersman.training.implicit_reward import implicit_accuracy
 from steersman.training.lora import lora_config
@@ -53,29 +53,32 @@ def train_dpo(arguments: DPOArguments, config: Any) -> dict[str, Any]:
     check(arguments)
     method.check(config)
     set_seed(config.seed)
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = prepare_tokenizer(arguments.model, config)
     window = config.max_length or tokenizer.model_max_length
     rows = load_rows(arguments, config, tokenizer, window)
     held_out = load_preferences(arguments.validation_file, tokenizer, window) if arguments.validation_file else []
-    model, tokenizer = load(arguments.model, AutoModelForCausalLM)
+    log_data(arguments, len(rows), len(held_out))
+    model, _ = load(arguments.model, AutoModelForCausalLM)
     facts = _facts(arguments, config, len(rows))
+    folder, name = Path(config.output_dir), Path(config.output_dir).name
     policy = _train(arguments, config, model, tokenizer, rows)
     if policy is None:
         return facts
     round_weights(policy, arguments.store)
+    save = save_adapter if arguments.lora_rank else save_checkpoint
+    with replacing(folder) as unfinished:
+        save(policy, tokenizer, unfinished, facts, store=arguments.store)
+        write_policy_card(unfinished, name, facts)
     if held_out:
         reference, _ = load(arguments.model, AutoModelForCausalLM)
         reference.to(policy.device)
-        facts |= {
-            "accuracy": implicit_accuracy(policy, reference, held_out, config.beta, config.per_device_eval_batch_size),
-            "validation_pairs": len(held_out),
-        }
-    save = save_adapter if arguments.lora_rank else save_checkpoint
-    with replacing(config.output_dir) as folder:
-        save(policy, tokenizer, folder, facts, store=arguments.store)
-        if held_out and arguments.figure:
-            draw_accuracy(folder, facts, Path(config.output_dir).name)
-        write_policy_card(folder, Path(config.output_dir).name, facts)
+        accuracy = implicit_accuracy(policy, reference, held_out, config.beta, config.per_device_eval_batch_size)
+        measured = {"accuracy": accuracy, "validation_pairs": len(held_out)}
+        facts |= measured
+        add_facts(folder, measured)
+        if arguments.figure:
+            draw_accuracy(folder, facts, name)
+        write_policy_card(folder, name, facts)
     return facts
 
 
@@ -96,9 +99,10 @@ def load_rows(
     """The rows to train on, in the order in which they are read, if one is fixed."""
     method, by_score = METHODS[arguments.method], arguments.curriculum == "easy_first"
     needed = ("score_chosen", "score_rejected") if by_score else ()
-    rows = load_preferences(arguments.train_file, tokenizer, window, needed=needed, aspects=method.aspects(config))[
-        : arguments.pairs
-    ]
+    every = load_preferences(arguments.train_file, tokenizer, window, needed=needed, aspects=method.aspects(config))
+    rows = every[: arguments.pairs]
+    if len(rows) < len(every):
+        log(f"pairs: {arguments.pairs} leaves out the last {len(every) - len(rows)} rows of {arguments.train_file}")
     if by_score:
         if config.train_sampling_strategy == "group_by_length":
             raise ConfigError("curriculum: easy_first has an order of its own: leave train_sampling_strategy out")

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from steersman.training.accuracy import accuracy_of
 from steersman.training.data.preferences import TokenizedPreference
+from steersman.training.outputs import token_log_probabilities
 
 Rows = Sequence[tuple[Sequence[int], Sequence[int]]]  # prompt and response, as token ids
 
@@ -80,9 +80,7 @@ def _batch_log_probabilities(model: PreTrainedModel, rows: Rows) -> list[Tensor]
     # On the right, where a causal model's other positions don't see it, any token can stand in for padding.
     ids = torch.tensor([sequence + [0] * (length - len(sequence)) for sequence in sequences], device=model.device)
     mask = torch.tensor([[1] * len(sequence) + [0] * (length - len(sequence)) for sequence in sequences])
-    logits = model(input_ids=ids, attention_mask=mask.to(model.device), use_cache=False).logits[:, :-1]
-    losses = functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-    values = -losses.view(len(rows), length - 1).cpu()
+    values = token_log_probabilities(model, ids, mask.to(model.device)).cpu()
     return [
         row[len(prompt) - 1 : len(prompt) + len(response) - 1]
         for row, (prompt, response) in zip(values, rows, strict=True)

@@ -31,6 +31,6 @@ def merge_lora(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.merge_and_unload().requires_grad_(True) if isinstance(model, PeftModel) else model
 
 
-def without_wrapper(model: nn.Module) -> nn.Module:
+def without_wrapper(model: nn.Module) -> PreTrainedModel:
     """The model inside of PEFT's, adapter included."""
     return model.get_base_model() if isinstance(model, PeftModel) else model

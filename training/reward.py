@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from trl.trainer.reward_config import RewardConfig
 
 from steersman.guidance.checkpoints import is_causal
 from steersman.training.accuracy import accuracy_by_share
-from steersman.training.checkpoints import round_weights, save_checkpoint, write_reward_card
-from steersman.training.configuration import run
-from steersman.training.data.preferences import TokenizedPreference, load_preferences, load_tokenizer
+from steersman.training.checkpoints import add_facts, round_weights, save_checkpoint, write_reward_card
+from steersman.training.configuration import log_data, prepare_tokenizer, run
+from steersman.training.data.preferences import TokenizedPreference, load_preferences
 from steersman.training.figure import draw_accuracy
 from steersman.training.lora import add_lora, merge_lora
 from steersman.training.output import replacing
-from steersman.training.rewards.arguments import Objective, RewardArguments, check
+from steersman.training.rewards.arguments import Objective, RewardArguments, check, check_center
 from steersman.training.rewards.aspects import ASPECTS
 from steersman.training.rewards.causal import PARTIAL
 from steersman.training.rewards.distilled import DISTILLED
@@ -26,7 +27,7 @@ from steersman.training.rewards.endings import ended, ending_of
 from steersman.training.rewards.pairs import FULL, TRUNCATED
 from steersman.training.rewards.prefix_value import PREFIX_VALUE
 from steersman.training.rewards.rated import REGRESSION, SCALED
-from steersman.training.rewards.recipe import Recipe, window_of
+from steersman.training.rewards.recipe import Recipe, check_padding, window_of
 from steersman.training.rewards.vocabulary import VOCABULARY
 from steersman.training.running import train
 
@@ -51,12 +52,15 @@ def main(argv: Sequence[str]) -> int:
 def train_reward(arguments: RewardArguments, config: RewardConfig) -> dict[str, Any]:
     """Trains, measures and saves a reward model; returns the facts that its config.json carries."""
     check(arguments)
+    check_center(arguments, config)
     recipe = RECIPES[arguments.objective]
     set_seed(config.seed)
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = prepare_tokenizer(arguments.model, config)
+    check_padding(arguments.model, tokenizer)
     rows = recipe.read(arguments, config, tokenizer)
     held_out = _read_held_out(arguments, config, tokenizer) if arguments.validation_file else []
-    model, tokenizer = recipe.load(arguments)
+    log_data(arguments, len(rows), len(held_out))
+    model, _ = recipe.load(arguments)
     adapted = add_lora(model, arguments.lora_rank)
     trainer = recipe.make_trainer(arguments, config, adapted, tokenizer, rows)
     facts = _facts(arguments, config, len(rows)) | recipe.describe(arguments)
@@ -67,15 +71,19 @@ def train_reward(arguments: RewardArguments, config: RewardConfig) -> dict[str, 
         return facts
     trained = merge_lora(trained)
     round_weights(trained, arguments.store)
+    folder, name = Path(config.output_dir), Path(config.output_dir).name
+    seen = f"{recipe.seen} ({len(rows)} {recipe.rows})"
+    with replacing(folder) as unfinished:
+        save_checkpoint(trained, tokenizer, unfinished, facts, store=arguments.store)
+        write_reward_card(unfinished, name, facts, seen)
     if held_out:
-        measure = recipe.measure or _measure_accuracy(recipe, tokenizer)
-        facts |= measure(trained, held_out) | {"validation_pairs": len(held_out)}
-    with replacing(config.output_dir) as folder:
-        save_checkpoint(trained, tokenizer, folder, facts, store=arguments.store)
+        measure = recipe.measure or _measure_accuracy(recipe, tokenizer, config.per_device_eval_batch_size)
+        measured = measure(trained, held_out) | {"validation_pairs": len(held_out)}
+        facts |= measured
+        add_facts(folder, measured)
         if "accuracy" in facts and arguments.figure:
-            draw_accuracy(folder, facts, Path(config.output_dir).name)
-        seen = f"{recipe.seen} ({len(rows)} {recipe.rows})"
-        write_reward_card(folder, Path(config.output_dir).name, facts, seen)
+            draw_accuracy(folder, facts, name)
+        write_reward_card(folder, name, facts, seen)
     return facts
 
 
@@ -88,10 +96,11 @@ def _read_held_out(
 
 
 def _measure_accuracy(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, batch: int
 ) -> Callable[[PreTrainedModel, Sequence[TokenizedPreference]], dict[str, Any]]:
     def measure(model: PreTrainedModel, held_out: Sequence[TokenizedPreference]) -> dict[str, Any]:
-        return {"accuracy": accuracy_by_share(model, held_out, ended(recipe.score, ending_of(model, tokenizer)))}
+        score = ended(partial(recipe.score, batch=batch), ending_of(model, tokenizer))
+        return {"accuracy": accuracy_by_share(model, held_out, score)}
 
     return measure
 

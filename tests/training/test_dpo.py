@@ -1,5 +1,6 @@
 """`steersman train dpo` from end to end on tiny models, by every method; `policies/` holds their losses."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,22 @@ def test_training_from_yaml_learns_and_saves_what_it_measured(
         ({"method": "1d", "weights": {"safety": 1, "wit": 1}}, [], "method 1d has one aspect, not safety, wit"),
         ({"method": "kto", "per_device_train_batch_size": 3}, [], "an even number of at least 4, not 3"),
         ({"method": "kto", "train_sampling_strategy": "random"}, [], "train_sampling_strategy: random would tear"),
+        ({"label_smoothing": 0.1}, [], "label_smoothing: loss_type robust or exo_pair takes it"),
+        ({"discopop_tau": 0.1}, [], "discopop_tau: it belongs to loss_type discopop"),
+        ({"f_alpha_divergence_coef": 0.1}, [], "f_alpha_divergence_coef: it belongs to f_divergence_type alpha_di"),
+        ({"ref_model_sync_steps": 5}, [], "ref_model_sync_steps: it belongs to sync_ref_model"),
+        ({"precompute_ref_batch_size": 5}, [], "precompute_ref_batch_size: it belongs to precompute_ref_log_probs"),
+        ({"padding_free": True}, [], "padding_free: TRL falls back to padding"),
+        ({"truncation_mode": "keep_end"}, [], "truncation_mode: no response is cut"),
+        ({"trust_remote_code": True}, [], "trust_remote_code: checkpoints with code of their own"),
+        ({"eval_strategy": "steps"}, [], "eval_strategy: nothing is evaluated during training"),
+        ({"pad_token": "<none such>"}, [], "pad_token: '<none such>' is no token of"),
+        ({"method": "tdpo2", "ld_alpha": 0.5}, [], "ld_alpha: it belongs to TRL's losses"),
+        ({"method": "2d", "use_weighting": True}, [], "use_weighting: it belongs to TRL's losses"),
+        ({"method": "tdpo1", "alpha": 0.3}, [], "alpha: it belongs to method tdpo2"),
+        ({"method": "kto", "ref_model_mixup_alpha": 0.5}, [], "ref_model_mixup_alpha: it belongs to sync_ref_model"),
+        ({"method": "orpo", "max_completion_length": 5}, [], "max_completion_length: no response is cut"),
+        ({"method": "simpo", "generate_during_eval": True}, [], "generate_during_eval: nothing is evaluated"),
         ({"method": "simpo", "loss_type": "hinge"}, [], "loss_type: method simpo has its own, not hinge"),
         (
             {"curriculum": "easy_first", "train_sampling_strategy": "group_by_length"},
@@ -148,3 +165,24 @@ def test_a_curriculum_feeds_the_pairs_that_differ_most_first(folder: Path, metho
 def prompts_of(fed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     masks = zip(fed["input_ids"], fed["attention_mask"], fed["completion_mask"], strict=True)
     return [ids[(attended == 1) & (completion == 0)] for ids, attended, completion in masks]
+
+
+@pytest.mark.parametrize(
+    ("method", "pad"), [("dpo", "<eos>"), ("tdpo2", None), ("kto", "<eos>"), ("orpo", None), ("simpo", "<eos>")]
+)
+def test_a_policy_learns_the_end_token_that_is_padding_too(
+    folder: Path, tmp_path: Path, method: MethodName, pad: str | None
+) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    assert tokenizer.eos_token == "<eos>"
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(tmp_path / "model")
+    trained = []
+    for model in (folder / "model", tmp_path / "model"):
+        out = tmp_path / f"out-{len(trained)}"
+        config = write_config(folder, method=method, num_train_epochs=1, validation_file=None, pairs=32)
+        assert command.main(["dpo", "--config", str(config), "--model", str(model), "--output_dir", str(out)]) == 0
+        trained.append(load_file(out / "model.safetensors"))
+    for name, weight in trained[0].items():
+        torch.testing.assert_close(trained[1][name], weight, atol=1e-5, rtol=1e-5)

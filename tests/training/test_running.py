@@ -202,3 +202,32 @@ def test_weights_that_are_gathered_in_files_are_the_model_s(folder: Path, tmp_pa
     assert type(gathered) is type(model)
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in gathered.state_dict().items())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "measured_by"),
+    [
+        ("vocabulary", "reward.accuracy_by_share"),
+        ("dpo", "dpo.implicit_accuracy"),
+        ("tdpo-lora", "dpo.implicit_accuracy"),
+    ],
+)
+def test_a_model_is_saved_before_it_is_measured(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, measured_by: str
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert command.main(arguments(folder, kind, whole, num_train_epochs=1)) == 0
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError("the evaluation needs more")
+
+    monkeypatch.setattr(f"steersman.training.{measured_by}", fail)
+    with pytest.raises(MemoryError):
+        command.main(arguments(folder, kind, out, num_train_epochs=1))
+    saved, expected = weights(out), weights(whole)
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
+    assert (out / "README.md").is_file()
+    facts = read_facts(whole)
+    assert read_facts(out) == {
+        name: value for name, value in facts.items() if name not in ("accuracy", "validation_pairs")
+    }

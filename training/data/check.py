@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,21 @@ import numpy as np
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from steersman.training.data.inspection import Inspection, inspect
+from steersman.training.data.fields import NUMBERS, SEGMENTS, TEXTS
+from steersman.training.data.inspection import Inspection, Problem, inspect
 from steersman.training.data.sources import DataError, read_rows
 
 if TYPE_CHECKING:
     from steersman.training.data.token_inspection import TokenInspector
+
+EXAMPLES = 3
+"""Problems of one kind that are shown with their places."""
+
+_FIELD = "|".join((*TEXTS, *NUMBERS, *SEGMENTS))
+_VALUES = re.compile(
+    rf"\S+:(?:row )?\d+|'(?!(?:{_FIELD})')[^']*'|special token \S+|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?|\bnan\b|\binf\b"
+)
+"""What differs in messages of one kind; the names of fields do not."""
 
 PERCENTILES = (50, 90, 99, 100)
 
@@ -29,8 +40,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs `steersman data check FILE`; 1 if there are errors. Raises DataError if the file can't be opened."""
     parser = argparse.ArgumentParser(
         "steersman data check",
-        description="Says what is wrong with preference data, by line. Errors stop a training (exit code 1), warnings "
-        "may spoil one.",
+        description="Prints what is wrong with preference data, by kind, each with its first lines. Errors stop a "
+        "training (exit code 1), warnings may spoil one.",
     )
     parser.add_argument("source", metavar="FILE", help="JSON lines, Parquet, a folder or a Hub dataset")
     parser.add_argument("--tokenizer", metavar="PATH", help="checkpoint to train, for what depends on its tokens")
@@ -40,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         metavar="N",
         help="tokens of a prompt and response: max_length of the training; default the tokenizer's",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with every problem of every line")
     arguments = parser.parse_args(argv)
     if arguments.window is not None and (not arguments.tokenizer or arguments.window < 1):
         raise DataError(f"--window {arguments.window}: a number of tokens above 0, which --tokenizer counts")
@@ -89,8 +100,28 @@ def _as_object(found: Inspection, summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def group(problems: Sequence[Problem]) -> list[list[Problem]]:
+    """Problems of one kind together, errors first, in the order in which each kind was met first.
+
+    Of one kind are messages that differ in numbers, in the places of other rows, or in what a row holds.
+    """
+    kinds: dict[tuple[str, str], list[Problem]] = {}
+    for problem in sorted(problems, key=lambda problem: problem.severity != "error"):
+        kinds.setdefault((problem.severity, _VALUES.sub("…", problem.message)), []).append(problem)
+    return list(kinds.values())
+
+
+def _as_lines(kind: Sequence[Problem]) -> list[str]:
+    """All of a few problems; of many the first, and how many there are."""
+    shown = kind if len(kind) <= EXAMPLES else kind[:EXAMPLES]
+    lines = [f"{problem.where}: {problem.severity}: {problem.message}" for problem in shown]
+    if left := len(kind) - len(shown):
+        lines.append(f"  and {left} more {kind[0].severity}s of this kind, {len(kind)} in all (--json lists every one)")
+    return lines
+
+
 def _as_text(found: Inspection, summary: dict[str, Any]) -> str:
-    lines = [f"{problem.where}: {problem.severity}: {problem.message}" for problem in found.problems]
+    lines = [line for kind in group(found.problems) for line in _as_lines(kind)]
     for name in ("prompt", "chosen", "rejected"):
         if name in summary:
             numbers = ", ".join(f"{number} {key}" for key, number in summary[name].items())

@@ -45,9 +45,6 @@ class TokenInspector:
             check_tokenizer(self._tokenizer)
         except DataError as error:
             yield "error", str(error).removeprefix(f"{self.path}: ")
-        pad = self._tokenizer.pad_token_id
-        if pad is None or pad == self._tokenizer.eos_token_id:
-            yield "warning", "the tokenizer has no padding token of its own, which reward models need"
         if self.window >= UNLIMITED:
             yield "warning", "the tokenizer names no window (model_max_length): --window does"
 

@@ -18,7 +18,7 @@ from steersman.guidance.tokenizers import same_tokenizer
 from steersman.training.answers import sample_answers
 from steersman.training.aspects import read_weights
 from steersman.training.checkpoints import add_facts, read_facts
-from steersman.training.configuration import ConfigError, RunArguments, load, run
+from steersman.training.configuration import ConfigError, RunArguments, load, prepare_tokenizer, run
 from steersman.training.data.fields import find_value_problems
 from steersman.training.data.preferences import DataError, load_tokenizer, prompt_ids
 from steersman.training.data.segment import write_lines
@@ -26,6 +26,7 @@ from steersman.training.data.sources import read_rows
 from steersman.training.dpo import train_dpo
 from steersman.training.iterative.representatives import read_representatives
 from steersman.training.iterative.selection import AspectScorer, make_pair, question, score_answers
+from steersman.training.policies import distributions
 from steersman.training.policies.arguments import DPOArguments
 from steersman.training.policies.two_dimensional import TwoDimensionalConfig
 
@@ -70,6 +71,8 @@ def iterate(arguments: IterateArguments, config: TwoDimensionalConfig) -> list[d
     A round leaves `pairs.jsonl` and `policy` in output_dir/round-N; its policy says when it is done.
     """
     _check(arguments)
+    distributions.check(config)
+    prepare_tokenizer(arguments.model, config)  # which refuses special tokens that it lacks
     scorer, prompts = _load_scorer(arguments, config), _read_prompts(arguments.prompts)
     policy, facts = arguments.model, []
     for number in range(1, arguments.rounds + 1):

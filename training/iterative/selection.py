@@ -83,7 +83,7 @@ def make_pair(asked: Mapping[str, Any], answers: Sequence[Answer]) -> dict[str, 
 
 def _read(
     asked: Mapping[str, Any], text: str, scorer: AspectScorer
-) -> tuple[Any, list[dict[str, Any]], tuple[list[int], ...]] | None:
+) -> tuple[Any, list[dict[str, Any]], tuple[list[int], list[int], list[int]]] | None:
     """An answer as a row has it, its segments, and prompt ids, response ids and segments' ends."""
     response = text if isinstance(asked["prompt"], str) else [{"role": "assistant", "content": text}]
     segments = [{"text": segment} for segment in cut_into_segments(text)]

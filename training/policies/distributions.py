@@ -13,8 +13,14 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_config import DPOConfig
 
 from steersman.training.configuration import ConfigError
+from steersman.training.options import refuse
 from steersman.training.policies.losses import sequential_kl
 from steersman.training.policies.pairs import TokenizedDPOTrainer
+
+_OF_TRL = (
+    *("loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "label_smoothing"),
+    *("use_weighting", "discopop_tau", "router_aux_loss_coef"),
+)
 
 
 @dataclass
@@ -83,6 +89,7 @@ class DistributionDPOTrainer(TokenizedDPOTrainer):
 
 def check(config: DistributionConfig) -> None:
     """Raises ConfigError for what these trainers can't be run with."""
+    refuse(config, dict.fromkeys(_OF_TRL, "it belongs to TRL's losses, method dpo: leave it out"))
     if config.loss_type != ["sigmoid"]:
         raise ConfigError("loss_type is TRL's choice among losses, for method dpo; this method has a loss of its own")
     if config.precompute_ref_log_probs:

@@ -13,6 +13,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from steersman.training.data.preferences import TokenizedPreference
+from steersman.training.options import refuse
 from steersman.training.policies.method import Method
 
 COLUMNS: tuple[str, ...] = ("chosen_segments", "rejected_segments")
@@ -71,4 +72,17 @@ def _describe(config: DPOConfig) -> dict[str, Any]:
     return facts | ({"loss_weights": config.loss_weights} if config.loss_weights else {})
 
 
-DPO = Method(config=DPOConfig, make_trainer=train_with(TokenizedDPOTrainer), describe=_describe)
+def _check(config: DPOConfig) -> None:
+    """Raises ConfigError for options of a loss that is not trained."""
+    losses = set(config.loss_type)
+    if not losses & {"robust", "exo_pair"}:
+        refuse(
+            config, {"label_smoothing": "loss_type robust or exo_pair takes it: choose one of them, or leave it out"}
+        )
+    if "discopop" not in losses:
+        refuse(config, {"discopop_tau": "it belongs to loss_type discopop: leave it out"})
+    if config.f_divergence_type != "alpha_divergence":
+        refuse(config, {"f_alpha_divergence_coef": "it belongs to f_divergence_type alpha_divergence: leave it out"})
+
+
+DPO = Method(config=DPOConfig, make_trainer=train_with(TokenizedDPOTrainer), describe=_describe, check=_check)

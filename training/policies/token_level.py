@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from steersman.training.configuration import ConfigError
+from steersman.training.options import refuse
 from steersman.training.policies import distributions
 from steersman.training.policies.distributions import DistributionConfig, DistributionDPOTrainer
 from steersman.training.policies.losses import token_level_dpo
@@ -46,11 +47,16 @@ def _check(config: TokenLevelConfig) -> None:
         raise ConfigError(f"alpha is at least 0, not {config.alpha:g}; 0 leaves the sequential KL out")
 
 
+def _check_first(config: TokenLevelConfig) -> None:
+    _check(config)
+    refuse(config, {"alpha": "it belongs to method tdpo2, tdpo1 has none: leave it out"})
+
+
 TDPO1 = Method(
     config=TokenLevelConfig,
     make_trainer=train_with(TDPO1Trainer),
     describe=lambda config: distributions.describe(config, "tdpo1"),
-    check=_check,
+    check=_check_first,
 )
 TDPO2 = Method(
     config=TokenLevelConfig,

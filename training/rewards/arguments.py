@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from trl.trainer.reward_config import RewardConfig
+
 from steersman.training.configuration import ConfigError, RunArguments
+from steersman.training.options import refuse
 
 Objective = Literal[
     "partial", "full", "truncated", "vocabulary", "distilled", "prefix_value", "regression", "scaled", "aspects"
@@ -102,8 +105,29 @@ class RewardArguments(RunArguments):
     )
 
 
+_OBJECTIVES: dict[str, tuple[Objective, ...]] = {
+    "keep": ("truncated",),
+    "prefixes": ("partial",),
+    "subset_ratio": ("partial",),
+    "prefixes_per_pair": ("partial", "vocabulary", "distilled"),
+    "policy": ("distilled", "prefix_value"),
+    "teacher": ("distilled", "prefix_value"),
+    "top_k": ("distilled",),
+    "weights": ("aspects",),
+    "aspects_at": ("aspects",),
+}
+"""Options that belong to some objectives only."""
+
+
+def check_center(arguments: RewardArguments, config: RewardConfig) -> None:
+    """Raises ConfigError where TRL's term that centers rewards would be left out of the loss."""
+    if arguments.objective in WITHOUT_LABELS:
+        reason = f"objective {arguments.objective} has ratings, which fix the rewards' mean: leave it out"
+        refuse(config, {"center_rewards_coefficient": reason})
+
+
 def check(arguments: RewardArguments) -> None:
-    """Raises ConfigError for a value out of range."""
+    """Raises ConfigError for a value out of range, or one that the objective has no use for."""
     if arguments.subset_ratio <= 0 or arguments.prefixes_per_pair < 0:
         raise ConfigError("subset_ratio is above 0 and prefixes_per_pair at least 0, which is all")
     if arguments.keep <= 0 or (arguments.keep > 1 and arguments.keep != int(arguments.keep)):
@@ -128,3 +152,14 @@ def check(arguments: RewardArguments) -> None:
         )
     if arguments.label_smoothing and arguments.objective in WITHOUT_LABELS:
         raise ConfigError(f"label_smoothing is of objectives that learn from labels, {arguments.objective} does not")
+    _check_objective(arguments)
+
+
+def _check_objective(arguments: RewardArguments) -> None:
+    for name, objectives in _OBJECTIVES.items():
+        if arguments.objective not in objectives:
+            belongs = f"it belongs to objective {' and '.join(objectives)}, not {arguments.objective}: leave it out"
+            refuse(arguments, {name: belongs})
+    if arguments.objective == "partial":
+        other, own = ("subset_ratio", "causal") if arguments.prefixes == "causal" else ("prefixes_per_pair", "subset")
+        refuse(arguments, {other: f"it has no part in prefixes: {own}: leave it out, or choose the other prefixes"})

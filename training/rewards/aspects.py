@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.reward_config import RewardConfig
-from trl.trainer.reward_trainer import RewardTrainer
 
 from steersman.training.aspects import read_weights
 from steersman.training.configuration import ConfigError
 from steersman.training.data.preferences import TokenizedPreference, load_preferences
 from steersman.training.data.segments import SegmentedResponse
+from steersman.training.outputs import token_scores
 from steersman.training.rewards.arguments import RewardArguments
 from steersman.training.rewards.causal import (
     NO_POSITION,
@@ -26,9 +25,9 @@ from steersman.training.rewards.causal import (
     PrefixCollator,
     PrefixRewardTrainer,
     at_positions,
-    token_scores,
 )
 from steersman.training.rewards.losses import regression
+from steersman.training.rewards.pairs import whole_row
 from steersman.training.rewards.recipe import Loaded, Recipe, load_classifier, window_of
 
 RATING_COLUMNS = ("chosen_ratings", "rejected_ratings")
@@ -67,8 +66,7 @@ class AspectRewardTrainer(PrefixRewardTrainer):
         scores = read_aspects(model, self.accelerator.unwrap_model(model), inputs, positions)
         there = positions != NO_POSITION
         weighted = torch.where(there, scores.detach().float() @ scores.new_tensor(self.weights).float(), 0.0)
-        means = SimpleNamespace(logits=(weighted.sum(dim=1) / there.sum(dim=1)).unsqueeze(-1))
-        _, outputs = RewardTrainer.compute_loss(self, lambda **_: means, inputs, return_outputs=True)
+        outputs = self._note((weighted.sum(dim=1) / there.sum(dim=1)).unsqueeze(-1), inputs)
         loss = regression(scores, ratings, there)
         return (loss, outputs) if return_outputs else loss
 
@@ -113,7 +111,7 @@ def aspect_rows(rows: Sequence[TokenizedPreference], every_token: bool) -> Datas
     """Whole pairs with ratings: at each segment's last token, or at all of its tokens."""
     examples = []
     for row in rows:
-        example: dict[str, Any] = {"chosen_ids": row.prompt + row.chosen, "rejected_ids": row.prompt + row.rejected}
+        example = whole_row(row)
         sides = zip(POSITION_COLUMNS, RATING_COLUMNS, (row.chosen_segments, row.rejected_segments), strict=True)
         for positions, ratings, segments in sides:
             assert segments is not None
@@ -159,7 +157,7 @@ def _make_trainer(
 ) -> AspectRewardTrainer:
     dataset = aspect_rows(rows, arguments.aspects_at == "tokens")
     model.config.num_labels = 1  # what TRL takes for a reward model
-    collator = AspectCollator(tokenizer.pad_token_id)
+    collator = AspectCollator(tokenizer.pad_token_id, config.pad_to_multiple_of)
     trainer = AspectRewardTrainer(model, config, collator, dataset, processing_class=tokenizer)
     model.config.id2label = dict(enumerate(_aspects(arguments)))
     model.config.label2id = {aspect: number for number, aspect in model.config.id2label.items()}

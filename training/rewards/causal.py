@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,35 +12,20 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.reward_config import RewardConfig
-from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from steersman.guidance.checkpoints import is_causal
 from steersman.training.configuration import ConfigError
 from steersman.training.data.preferences import TokenizedPreference
-from steersman.training.lora import without_wrapper
+from steersman.training.outputs import token_scores
 from steersman.training.prefixes import draw_cuts
 from steersman.training.rewards.arguments import RewardArguments
-from steersman.training.rewards.pairs import SUBSET, PairRewardTrainer
+from steersman.training.rewards.pairs import SUBSET, PairRewardTrainer, whole_row
 from steersman.training.rewards.recipe import Recipe
 
 NO_POSITION = -1
 # Of the sequence that is the prompt and the response: where each prefix ends, for chosen and rejected alike.
 POSITION_COLUMNS = ("chosen_positions", "rejected_positions")
-
-
-@contextmanager
-def token_scores(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the scores at every token, [B, T, C], that a causal classifier's forward pools only the last of.
-
-    A hook on the score head rather than a call to the inner model: wrappers around the model keep seeing its forward.
-    """
-    scores: list[Tensor] = []
-    head = without_wrapper(model).get_submodule("score")
-    handle = head.register_forward_hook(lambda _head, _inputs, output: scores.append(output))
-    try:
-        yield scores
-    finally:
-        handle.remove()
 
 
 def at_positions(scores: Tensor, positions: Tensor) -> Tensor:
@@ -82,8 +66,14 @@ class PrefixRewardTrainer(PairRewardTrainer):
     def _score(self, model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> tuple[Tensor, Any]:
         """Rewards [2B, P] of the prefixes that end at the positions, and the outputs that TRL's metrics are of."""
         with token_scores(self.accelerator.unwrap_model(model)) as scores:
-            _, outputs = RewardTrainer.compute_loss(self, model, inputs, return_outputs=True)
-        return at_positions(scores[0], positions).squeeze(-1), outputs
+            model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        found = at_positions(scores[0], positions).squeeze(-1)
+        return found, self._note_longest(found, inputs, positions)
+
+    def _note_longest(self, scores: Tensor, inputs: dict[str, Any], positions: Tensor) -> Any:
+        """TRL's metrics, of the rewards [2B, P] of each row's longest prefix; what they are of."""
+        longest = (positions != NO_POSITION).sum(dim=1, keepdim=True) - 1
+        return self._note(scores.gather(1, longest), inputs)
 
 
 def causal_rows(rows: Sequence[TokenizedPreference], count: int, seed: int) -> Dataset:
@@ -94,8 +84,7 @@ def causal_rows(rows: Sequence[TokenizedPreference], count: int, seed: int) -> D
         cuts = draw_cuts(row.longer, count, rng)
         examples.append(
             {
-                "chosen_ids": row.prompt + row.chosen,
-                "rejected_ids": row.prompt + row.rejected,
+                **whole_row(row),
                 "chosen_positions": [len(row.prompt) + min(i, len(row.chosen)) - 1 for i in cuts],
                 "rejected_positions": [len(row.prompt) + min(i, len(row.rejected)) - 1 for i in cuts],
             }
@@ -113,7 +102,13 @@ def make_prefix_trainer(
 ) -> PrefixRewardTrainer:
     """A trainer over `prefixes_per_pair` prefixes of every pair."""
     dataset = causal_rows(rows, arguments.prefixes_per_pair, config.seed)
-    made = trainer(model, config, PrefixCollator(tokenizer.pad_token_id), dataset, processing_class=tokenizer)
+    made = trainer(
+        model,
+        config,
+        PrefixCollator(tokenizer.pad_token_id, config.pad_to_multiple_of),
+        dataset,
+        processing_class=tokenizer,
+    )
     made.label_smoothing = arguments.label_smoothing
     return made
 

@@ -20,14 +20,14 @@ from steersman.guidance.checkpoints import is_causal
 from steersman.training.accuracy import score_ends, score_last_tokens
 from steersman.training.configuration import ConfigError
 from steersman.training.data.preferences import TokenizedPreference
+from steersman.training.outputs import likeliest_tokens, output_layer, token_scores
 from steersman.training.rewards.arguments import RewardArguments
-from steersman.training.rewards.causal import NO_POSITION, make_prefix_trainer, token_scores
+from steersman.training.rewards.causal import NO_POSITION, make_prefix_trainer
 from steersman.training.rewards.losses import distillation, regression
 from steersman.training.rewards.recipe import Recipe, load_beside
 from steersman.training.rewards.vocabulary import (
     VocabularyRewardTrainer,
     load_vocabulary_head,
-    next_token_logits,
     tokens_at_positions,
 )
 
@@ -71,21 +71,21 @@ class DistilledRewardTrainer(VocabularyRewardTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         positions = inputs.pop("positions")
-        logits = self._logits(model, inputs, positions)
-        candidates = self._candidates(inputs, positions, logits.shape[-1])
-        scores = logits.gather(2, candidates)
-        taught = branch_scores(self.teacher.to(logits.device), inputs, positions, candidates)
-        outputs = self._note(scores[..., 0], inputs, positions)
+        candidates = self._candidates(model, inputs, positions)
+        scores = self._logits(model, inputs, positions, candidates)
+        taught = branch_scores(self.teacher.to(scores.device), inputs, positions, candidates)
+        outputs = self._note_longest(scores[..., 0], inputs, positions)
         mask = positions != NO_POSITION
         loss = distillation(scores, taught, mask) + LEVEL * regression(scores.mean(-1), taught.mean(-1), mask)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
-    def _candidates(self, inputs: dict[str, Any], positions: Tensor, vocabulary: int) -> Tensor:
+    def _candidates(self, model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
         """[N, P, 1 + k] token ids: the response's own, then the policy's likeliest."""
         policy = self.policy.to(positions.device)
-        logits = next_token_logits(policy, policy, inputs, positions)[..., :vocabulary]
-        return torch.cat((tokens_at_positions(inputs, positions), logits.topk(self.top_k).indices), dim=-1)
+        vocabulary = output_layer(self.accelerator.unwrap_model(model)).out_features
+        likeliest = likeliest_tokens(policy, inputs, positions, self.top_k, vocabulary)
+        return torch.cat((tokens_at_positions(inputs, positions), likeliest), dim=-1)
 
 
 def _make_trainer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
 from steersman.training.data.preferences import TokenizedPreference
+from steersman.training.outputs import end_scores
 from steersman.training.prefixes import cut, draw_subset, truncate
 from steersman.training.rewards.arguments import RewardArguments
 from steersman.training.rewards.endings import ending_of, with_ending
@@ -34,7 +36,7 @@ class PairRewardTrainer(RewardTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         """The columns of the dataset that reach the collator."""
-        self._signature_columns = [*IDS, *self.columns]
+        self._signature_columns = [*IDS, *self.columns, self.args.length_column_name]
 
     def count_terms(self, batch: dict[str, Any]) -> Tensor:
         """Over how many terms the loss of a batch is the mean: here pairs."""
@@ -44,10 +46,17 @@ class PairRewardTrainer(RewardTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         numbers = {name: inputs.pop(name) for name in self.columns}
-        # TRL's own loss is computed beside ours: its metrics are what it logs.
-        _, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        loss = self._loss(*outputs.logits.squeeze(-1).chunk(2), **numbers)
+        unwrapped = self.accelerator.unwrap_model(model)
+        scores = end_scores(model, unwrapped, inputs["input_ids"], inputs["attention_mask"])
+        outputs = self._note(scores, inputs)
+        loss = self._loss(*scores.squeeze(-1).chunk(2), **numbers)
         return (loss, outputs) if return_outputs else loss
+
+    def _note(self, scores: Tensor, inputs: dict[str, Any]) -> Any:
+        """TRL's metrics of rewards [2B, 1]; what they are of. They are logged by TRL's own loss, which is dropped."""
+        given = SimpleNamespace(logits=scores.detach())
+        _, outputs = RewardTrainer.compute_loss(self, lambda **_: given, inputs, return_outputs=True)
+        return outputs
 
     def _loss(
         self, chosen: Tensor, rejected: Tensor, mask: Tensor | None = None, strength: Tensor | None = None
@@ -72,9 +81,14 @@ class NumberCollator(DataCollatorForPreference):
 
 
 def whole_rows(rows: Sequence[TokenizedPreference]) -> Dataset:
-    return Dataset.from_list(
-        [{"chosen_ids": row.prompt + row.chosen, "rejected_ids": row.prompt + row.rejected} for row in rows]
-    )
+    """Rows with the columns of TRL's collator."""
+    return Dataset.from_list([whole_row(row) for row in rows])
+
+
+def whole_row(row: TokenizedPreference) -> dict[str, Any]:
+    """A pair's ids; `length` is what `train_sampling_strategy: group_by_length` reads."""
+    ids = {"chosen_ids": row.prompt + row.chosen, "rejected_ids": row.prompt + row.rejected}
+    return {**ids, "length": len(row.prompt) + row.longer}
 
 
 def subset_rows(rows: Sequence[TokenizedPreference], ratio: float, seed: int) -> Dataset:
@@ -103,7 +117,7 @@ def train_on(
         dataset = make_rows(arguments, rows, config.seed)
         if ending := ending_of(model, tokenizer):
             dataset = dataset.map(lambda row: {name: with_ending(row[name], ending) for name in IDS})
-        collator = NumberCollator(tokenizer.pad_token_id, columns=columns)
+        collator = NumberCollator(tokenizer.pad_token_id, config.pad_to_multiple_of, columns=columns)
         made = trainer(model, config, collator, dataset, processing_class=tokenizer)
         made.label_smoothing, made.columns = arguments.label_smoothing, columns
         return made

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
+from trl.trainer.utils import pad
 
 from steersman.guidance.auxiliary import Unscorable
 from steersman.guidance.checkpoints import ModelRefused, is_causal
 from steersman.guidance.reward_loading import load_reward_model
 from steersman.training.configuration import ConfigError, one_line
+from steersman.training.outputs import token_scores
 from steersman.training.rewards.arguments import RewardArguments
-from steersman.training.rewards.causal import token_scores
 from steersman.training.rewards.losses import regression
 from steersman.training.rewards.recipe import Recipe, load_beside, window_of
 from steersman.training.rewards.rollouts import TokenizedRollout, load_rollouts, make_rollouts, name_rollouts
@@ -31,6 +32,7 @@ class RolloutCollator:
     tokens; `rewards` [N] float32."""
 
     pad_token_id: int
+    pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         ids = [torch.tensor(example["input_ids"]) for example in examples]
@@ -38,10 +40,10 @@ class RolloutCollator:
             "attention_mask": [torch.ones_like(row) for row in ids],
             "response": [torch.arange(len(row)) >= e["prompt"] for row, e in zip(ids, examples, strict=True)],
         }
-        batch = {name: nn.utils.rnn.pad_sequence(tensors, batch_first=True) for name, tensors in rows.items()}
-        padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id)
+        multiple = self.pad_to_multiple_of
+        batch = {name: pad(tensors, 0, "right", multiple) for name, tensors in rows.items()}
         rewards = torch.tensor([float(example["reward"]) for example in examples])
-        return {"input_ids": padded, "rewards": rewards, **batch}
+        return {"input_ids": pad(ids, self.pad_token_id, "right", multiple), "rewards": rewards, **batch}
 
 
 class PrefixValueTrainer(RewardTrainer):
@@ -68,7 +70,8 @@ class PrefixValueTrainer(RewardTrainer):
         values = scores[0].squeeze(-1)
         loss = regression(values, rewards.unsqueeze(1).expand_as(values), response)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        ends = self.accelerator.gather_for_metrics(regression(outputs.logits.detach().squeeze(-1), rewards))
+        last = inputs["attention_mask"].sum(dim=1, keepdim=True) - 1
+        ends = self.accelerator.gather_for_metrics(regression(values.detach().gather(1, last)[:, 0], rewards))
         metrics["error_at_end"].append(ends.mean().item())
         return (loss, outputs) if return_outputs else loss
 
@@ -106,7 +109,7 @@ def _make_trainer(
     dataset = Dataset.from_list(
         [{"input_ids": row.prompt + row.response, "prompt": len(row.prompt), "reward": row.reward} for row in rows]
     )
-    collator = RolloutCollator(tokenizer.pad_token_id)
+    collator = RolloutCollator(tokenizer.pad_token_id, config.pad_to_multiple_of)
     return PrefixValueTrainer(model, config, collator, dataset, processing_class=tokenizer)
 
 

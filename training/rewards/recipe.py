@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer, suppress_seqcls_warning
 
+from steersman.guidance.checkpoints import is_causal
 from steersman.guidance.tokenizers import same_tokenizer
 from steersman.training.accuracy import score_ends
 from steersman.training.configuration import ConfigError, load
@@ -21,15 +22,25 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def load_classifier(arguments: RewardArguments, outputs: int = 1) -> Loaded:
-    """A classifier, in float32, and its tokenizer with a padding token that is not the end token."""
+    """A classifier, in float32, and its tokenizer."""
     with suppress_seqcls_warning():
-        model, tokenizer = load(arguments.model, AutoModelForSequenceClassification, num_labels=outputs)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        # A classifier pools at the last token that is not padding: the end token would never be scored.
+        return load(arguments.model, AutoModelForSequenceClassification, num_labels=outputs)
+
+
+def check_padding(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError where padding is the end token, for a model that isn't causal: encoders compute places and
+    pool by the tokens that are not padding."""
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} can't be loaded: {str(error).splitlines()[0]}") from None
+    if not is_causal(config):
         raise ConfigError(
-            f"{arguments.model}: the tokenizer needs a padding token of its own, other than the end token"
+            f"pad_token: {path} is no causal model and would take its end token, {tokenizer.eos_token!r}, for padding: "
+            "name another token of its vocabulary (--pad_token TOKEN)"
         )
-    return model, tokenizer
 
 
 def load_beside(path: str, auto_model: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreTrainedModel:
@@ -37,6 +48,9 @@ def load_beside(path: str, auto_model: Any, tokenizer: PreTrainedTokenizerBase, 
     model, own = load(path, auto_model, **options)
     if not same_tokenizer(own, tokenizer):
         raise ConfigError(f"{path} has another tokenizer than the model to train: their token ids must be the same")
+    text = model.config.get_text_config()
+    if text.pad_token_id is None:
+        text.pad_token_id = tokenizer.pad_token_id  # a classifier refuses batches without one
     return model.eval().requires_grad_(False)
 
 
@@ -79,8 +93,8 @@ class Recipe:
     """The rows that are trained on."""
     rows: str = "pairs"
     """What the rows are."""
-    score: Callable[[PreTrainedModel, Sequence[Sequence[int]]], torch.Tensor] = score_ends
-    """The rewards of sequences of token ids, [N] float32: what accuracy is measured of."""
+    score: Callable[..., torch.Tensor] = score_ends
+    """The rewards [N] float32 of sequences of token ids, read `batch` at a time: what accuracy is measured of."""
     aspects: Callable[[RewardArguments], Sequence[str]] = lambda _: ()
     """Those that the segments of held-out rows must be scored by."""
     measure: Callable[[PreTrainedModel, Sequence[TokenizedPreference]], dict[str, Any]] | None = None

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from steersman.processes import process_pool
 from steersman.training import dpo, reward
 from steersman.training.checkpoints import add_facts, save_checkpoint
 from steersman.training.world.grammar import Split, draw_prompts
@@ -193,11 +194,10 @@ def _load_base(folders: Folders) -> tuple[LlamaForCausalLM, PreTrainedTokenizerF
     return model.eval(), AutoTokenizer.from_pretrained(folders.base)
 
 
-def _two_processes() -> ProcessPoolExecutor:
+def _two_processes() -> AbstractContextManager[ProcessPoolExecutor]:
     # Two threads that spin on shared cores fall far below one; a waiting thread must sleep.
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(2, mp_context=context, initializer=_quiet_single_thread)
+    return process_pool(2, _quiet_single_thread)
 
 
 def _quiet_single_thread() -> None:

@@ -116,11 +116,10 @@ def test_the_command_says_what_it_can_do(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_tokenizer_is_checked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    build_word_tokenizer(pad_token=None).save_pretrained(tmp_path / "model")
+    build_word_tokenizer().save_pretrained(tmp_path / "model")
     report = check(capsys, write_rows(tmp_path / "rows", GOOD), "--tokenizer", str(tmp_path / "model"))
     place = str(tmp_path / "model")
     assert found(report, "warning") == [
-        (place, "the tokenizer has no padding token of its own, which reward models need"),
         (place, "the tokenizer names no window (model_max_length): --window does"),
     ]
 
@@ -156,3 +155,26 @@ def test_length_bias_is_named_where_it_is_no_accident(
     assert check(capsys, source)["length_bias"] == bias
     assert cli.main(["data", "check", str(source)]) == 0
     assert ("length bias is likely" in capsys.readouterr().out) == bool(bias)
+
+
+def test_problems_of_one_kind_are_counted_and_the_first_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rng: random.Random
+) -> None:
+    repeated, low, missing = (rng.randint(5, 30) for _ in range(3))
+    rows: list[Any] = [GOOD] * (repeated + 1)
+    rows += [GOOD | {"prompt": "p" * (n + 1), "score_chosen": n, "score_rejected": n + 0.5} for n in range(low)]
+    rows += [GOOD | {"prompt": "q", "chosen": None}] * missing + [GOOD | {"prompt": "r", "rejected": None}]
+    source = write_rows(tmp_path / "rows", *rows)
+    capsys.readouterr()
+    assert cli.main(["data", "check", str(source)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    first = 1 + repeated + low
+    assert lines[:3] == [f"{source}:{first + n}: error: field 'chosen' is missing" for n in (1, 2, 3)]
+    assert lines[3] == f"  and {missing - 3} more errors of this kind, {missing} in all (--json lists every one)"
+    assert lines[4].startswith(f"{source}:{first + missing + 1}: error: field 'rejected' is missing")
+    assert lines[5:8] == [f"{source}:{n}: warning: the same as {source}:1" for n in (2, 3, 4)]
+    assert lines[8] == f"  and {repeated - 3} more warnings of this kind, {repeated} in all (--json lists every one)"
+    assert lines[9].endswith("warning: score_chosen is 0, below score_rejected, 0.5")
+    assert lines[12] == f"  and {low - 3} more warnings of this kind, {low} in all (--json lists every one)"
+    report = check(capsys, source, status=1)
+    assert len(report["problems"]) == report["errors"] + report["warnings"] >= missing + 1 + repeated + low

@@ -38,7 +38,7 @@ def stack(sides: list[Side]) -> Segments:
     """A padded batch, with NaN where nothing is."""
     widest = max(len(ratios) for ratios, _ in sides) + 1
     ratios = torch.full((len(sides), widest), torch.nan, dtype=torch.float64)
-    scores = torch.zeros(len(sides), widest, 5, dtype=torch.float64)
+    scores = torch.full((len(sides), widest, 5), torch.nan, dtype=torch.float64)
     mask = torch.zeros(len(sides), widest, dtype=torch.bool)
     for row, (own, aspects) in enumerate(sides):
         ratios[row, : len(own)] = torch.tensor(own, dtype=torch.float64)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from steersman.training.policies.arguments import MethodName
 from tests.support.policies import (
@@ -65,3 +66,34 @@ def kl(policy: Any, reference: Any, prompt: list[int], response: list[int]) -> f
     """Σ_t KL(π_ref ‖ π)."""
     own, other = (distributions(model, prompt, response) for model in (policy, reference))
     return float((other.exp() * (other - own)).sum())
+
+
+@pytest.mark.parametrize("method", ["tdpo1", "tdpo2"])
+def test_the_gradient_goes_through_the_kl_of_the_equations(
+    folder: Path, rng: random.Random, method: MethodName
+) -> None:
+    """Both responses' in equation 13, the rejected one's alone in equation 14."""
+    rows = draw_rows(rng, 3)
+    trainer = make_trainer(folder, method, rows)
+    (batch,) = trainer.get_train_dataloader()
+    policy, reference = step_away(trainer, folder)
+    trainer.model.zero_grad()
+    trainer.compute_loss(trainer.model.train(), dict(batch)).backward()
+
+    def terms(prompt: list[int], response: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        own, other = (
+            model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            for model in (policy, reference)
+        )
+        taken = torch.arange(len(response)), torch.tensor(response)
+        return (own[taken] - other[taken]).sum(), (other.exp() * (other - own)).sum()
+
+    loss = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        (ratio_w, kl_w), (ratio_l, kl_l) = (terms(row.prompt, y) for y in (row.chosen, row.rejected))
+        delta = kl_l - kl_w if method == "tdpo1" else 0.5 * (kl_l - kl_w.detach())
+        loss = loss - torch.nn.functional.logsigmoid(0.3 * (ratio_w - ratio_l - delta)) / len(rows)
+    loss.backward()
+    for name, parameter in policy.named_parameters():
+        found = trainer.model.get_parameter(name).grad
+        torch.testing.assert_close(found.double(), parameter.grad, atol=1e-5, rtol=1e-3)

@@ -107,6 +107,8 @@ def test_distillation_equals_the_formula_and_ignores_a_constant(generator: torch
         own_mean, other_mean = sum(own) / 6, sum(other) / 6
         expected += sum(((a - own_mean) - (b - other_mean)) ** 2 for a, b in zip(own, other, strict=True)) / 18
     assert distillation(scores, taught, mask).item() == pytest.approx(expected, rel=1e-12)
+    batched = distillation(scores[mask].view(1, 3, 6), taught[mask].view(1, 3, 6))
+    assert batched.item() == pytest.approx(expected, rel=1e-12)
     shifted = taught + torch.randn(4, 1, generator=generator, dtype=torch.float64)
     assert distillation(scores, shifted, mask).item() == pytest.approx(expected, rel=1e-12)
 
