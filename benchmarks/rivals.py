@@ -53,6 +53,7 @@ def rerank(
     values = terms.scale.unsqueeze(-1) * rewards + terms.shift.unsqueeze(-1)
     values = torch.where(terms.log_sigmoid.unsqueeze(-1) == 1, F.logsigmoid(values), values)
     scores = logprobs + (terms.strength.unsqueeze(-1) * values).sum(dim=1)
+    scores = scores + (logprobs.logsumexp(dim=-1, keepdim=True) - scores.logsumexp(dim=-1, keepdim=True))
     logits.fill_(-torch.inf).scatter_(1, ids.long(), scores.to(logits.dtype))
     return scores, logits
 

@@ -40,7 +40,7 @@ class RewardOptions(GateOptions, total=False):
     """What `pargs` and `args` take besides reward models."""
 
     beta: float
-    top_k: int
+    top_k: int | None
     end_token: bool
     policies: Mapping[str, float]
 

@@ -46,6 +46,10 @@ class GuidanceReport(_Answer):
     """Positions at which guidance changed the most likely token."""
     kl: float
     """Σ log π − log π₀ of the chosen tokens, nats, before temperature and top-p."""
+    kl_truncation: float = 0.0
+    """Of it what keeping only the best k tokens costs: there also at strength 0."""
+    kl_steering: float = 0.0
+    """The rest: what rewards and policies have done, and what a budget bounds."""
     rewards: dict[str, float | None]
     """Each reward model's value at the end of the answer; None where the last token was not scored."""
     reward_model_tokens: int
@@ -62,6 +66,8 @@ class GuidanceReport(_Answer):
     """Tokens that were sampled from another distribution than the one before."""
     kl_spent: float | None = None
     """Σ KL(π‖π₀) over positions, nats, where there is a budget."""
+    unreadable_samples: int = 0
+    """Of a choice among samples: those left out because the reward model lacks one of their tokens."""
     trace: tuple[TracedToken, ...] | tuple[dict[str, Any], ...] | None = None
     """One object a token; of a choice among samples, one a block."""
 

@@ -30,6 +30,8 @@ def require_aspects(path: str | Path, label: str, config: Any) -> None:
 def weigh_outputs(model: Any) -> None:
     """Makes one output of all, Σ_a weight_a · output_a, by the weights in the model's config; in place."""
     head = find_head(model)
+    if not isinstance(head, torch.nn.Linear):
+        raise ModelRefused(f"{type(model).__name__} has a {type(head).__name__} as head; aspects need a linear one")
     weights = torch.tensor(model.config.steersman["weights"], dtype=torch.float32, device=head.weight.device)
     for name in ("weight", "bias"):
         own = getattr(head, name, None)

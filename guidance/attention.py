@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -121,8 +121,14 @@ def attending(batch: AttentionBatch | CandidateBatch | ShapeProbe) -> Iterator[N
         _current.reset(token)
 
 
+class _AttentionLayer(Protocol):
+    """What transformers passes as the calling module."""
+
+    layer_idx: int
+
+
 def attend(
-    module: torch.nn.Module,
+    module: _AttentionLayer,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -141,7 +147,7 @@ def attend(
     settings = AttentionSettings(
         query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux
     )
-    layer: int = module.layer_idx
+    layer = module.layer_idx
     if isinstance(batch, ShapeProbe):
         batch.calls += 1
         batch.layers[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])

@@ -7,6 +7,7 @@ from itertools import count
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from steersman.guidance.attention import (
     ATTENTION_NAME,
@@ -22,6 +23,7 @@ from steersman.guidance.decoder import fuse_decoder
 from steersman.guidance.graphs import Capture, CudaCapture, StepGraphs, StepInputs, choose_sizes
 from steersman.guidance.layout import Layout
 from steersman.guidance.streams import StreamsExhausted
+from steersman.guidance.text_form import Source
 from steersman.guidance.tokenizers import find_unreadable
 from steersman.guidance.transfer import to_device
 from steersman.kernels.dispatch import has_kernels
@@ -44,6 +46,8 @@ class Prefix:
     key: Hashable
     prompt: Sequence[int]
     output: Sequence[int]
+    source: Source | None = None
+    """What the prompt was made of, for models that read text."""
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.output)
@@ -72,7 +76,7 @@ class CausalModel:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: PreTrainedModel,
         label: str,
         cache_bytes: int,
         max_rows: int,

@@ -11,11 +11,11 @@ from steersman.guidance.readings import Readings
 from steersman.guidance.report import CandidateStep
 from steersman.guidance.rows import LastTokens, Steered
 from steersman.guidance.transfer import to_device
-from steersman.guidance.transforms import Combination, build_combination
+from steersman.guidance.transforms import Combination, build_combination, explain_broken
 from steersman.guidance.vocabulary import blend_readings, find_index
 from steersman.guidance.work import Failure, Work
 from steersman.kernels.dispatch import has_kernels, select_candidates, write_reranked
-from steersman.kernels.reference import write_candidates
+from steersman.kernels.reference import add_rewards, write_candidates
 
 
 class CandidateSteering:
@@ -27,12 +27,22 @@ class CandidateSteering:
         self._work = work
         self._combination: tuple[list[Formula], Combination] | None = None
 
-    def steer(self, logits: torch.Tensor, steered: list[Steered], readings: Readings, last: LastTokens) -> None:
-        """Leaves in each row of `logits` [B, V] its candidates' scores and -inf elsewhere."""
+    def steer(
+        self,
+        logits: torch.Tensor,
+        steered: list[Steered],
+        readings: Readings,
+        last: LastTokens,
+        biased: torch.Tensor | None = None,
+    ) -> None:
+        """Leaves in each row of `logits` [B, V] its candidates' scores and -inf elsewhere; `biased` is what the
+        candidates are chosen by, as in GuidanceRuntime.step."""
         formulas = [s.formula for s in steered]
         with self._work.timing("candidates_seconds"):
             index = find_index(logits, [s.row.index for s in steered])
-            ids, values, base_logprobs = self._select(logits if index is None else logits[index], formulas)
+            base = logits if index is None else logits[index]
+            chosen_by = biased if biased is None or index is None else biased[index]
+            ids, values, base_logprobs = self._select(base, formulas, chosen_by)
         with self._work.timing("rewards_seconds"):
             rewards = self._models.score([s.row for s in steered], formulas, ids, readings, last)
         with self._work.timing("writing_seconds"):
@@ -46,11 +56,11 @@ class CandidateSteering:
                 self._record(steered, CandidateStep(ids, base_logprobs, scores, rewards), [True] * len(steered))
                 self._fail_where(steered, scores.isnan().any(dim=-1), values, rewards)
                 return
-            scores = torch.where(values.isneginf(), values, values + combination.combine(rewards))
-            broken = scores.isnan().any(dim=-1) | scores.isposinf().any(dim=-1)
+            scores = add_rewards(values, combination.combine(rewards))
+            broken = scores.isnan().any(dim=-1)
             self._fail_where(steered, broken, values, rewards)
-            scores, fits = fit_budgets(steered, scores, base_logprobs)
-            kept = (fits & ~broken).tolist()
+            scores = fit_budgets(steered, scores, base_logprobs)
+            kept = (~broken).tolist()
             self._record(steered, CandidateStep(ids, base_logprobs, scores, rewards), kept)
             if not all(kept):
                 lines = to_device([line for line, good in enumerate(kept) if good], ids.device, torch.long)
@@ -59,13 +69,20 @@ class CandidateSteering:
             write_candidates(logits, index, ids, scores)
 
     def _select(
-        self, base: torch.Tensor, formulas: Sequence[Formula]
+        self, base: torch.Tensor, formulas: Sequence[Formula], biased: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids, the base's logits and its log-probabilities [G, k] of the candidates, the latter among the tokens that
+        are not masked."""
         k = min(max(formula.top_k for formula in formulas), base.shape[-1])
         limits = None
         if any(formula.top_k < k for formula in formulas):
             limits = to_device([[formula.top_k] for formula in formulas], base.device)
-        return select_candidates(base, k, limits)
+        if biased is None:
+            return select_candidates(base, k, limits)
+        ids, chosen, _ = select_candidates(biased, k, limits)
+        values = base.gather(1, ids).masked_fill(chosen.isneginf(), -torch.inf)
+        allowed = base.masked_fill(biased.isneginf(), -torch.inf)
+        return ids, values, values - allowed.logsumexp(dim=-1, keepdim=True)
 
     def _mask_unreadable(
         self, steered: Sequence[Steered], ids: torch.Tensor, values: torch.Tensor, vocabulary: int
@@ -107,13 +124,6 @@ class CandidateSteering:
         self, steered: Sequence[Steered], broken: torch.Tensor, values: torch.Tensor, rewards: torch.Tensor
     ) -> None:
         def explain(line: int) -> Failure:
-            terms, scored = steered[line].formula.rewards, rewards[line][:, ~values[line].isneginf()]
-            names = [term.model for term, own in zip(terms, scored, strict=False) if not _finite(own)]
-            reason = f"reward model {', '.join(map(repr, names))} returned a reward that is not a finite number"
-            return Failure(names[0] if names else terms[0].model, "not_finite", reason)
+            return explain_broken(steered[line].formula, values[line], rewards[line])
 
         self._models.fail_where([s.row for s in steered], broken, explain)
-
-
-def _finite(values: torch.Tensor) -> bool:
-    return bool(values.isfinite().all())

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from steersman.guidance.headers import find_damage
 from steersman.guidance.tokenizers import count_ids
 
 
@@ -89,19 +90,29 @@ def is_causal(config: Any) -> bool:
 
 
 def require_safetensors(path: str | Path, label: str, config: str = "config.json") -> None:
-    """Refuses a local checkpoint folder that has no safetensors file."""
-    folder = Path(path)
+    """Refuses a local checkpoint folder that has no safetensors file, or one that is not whole."""
+    try:
+        _require_files(Path(path), path, label, config)
+    except OSError as error:
+        raise ModelRefused(f"{label}: {path!s:.200} cannot be read: {error.strerror or error}") from error
+
+
+def _require_files(folder: Path, path: str | Path, label: str, config: str) -> None:
     if not folder.exists():
         if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
             raise ModelRefused(f"{label}: {path} does not exist")
         return
     if not folder.is_dir() or not (folder / config).is_file():
         raise ModelRefused(f"{label}: {path} is not a checkpoint folder ({config} is missing)")
-    if not any(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
         raise ModelRefused(
             f"{label}: {path} holds no *.safetensors file; other formats can run code when they are "
             "loaded. Save it again with save_pretrained(safe_serialization=True)"
         )
+    for file in files:
+        if (damage := find_damage(file)) is not None:
+            raise ModelRefused(f"{label}: {file} {damage}; download, copy or save it again")
 
 
 def first_line(error: Exception) -> str:

@@ -135,7 +135,8 @@ def _join(modules: Sequence[torch.nn.Linear]) -> tuple[torch.Tensor, torch.Tenso
     biases = [None] * len(modules) if bias is None else bias.split(sizes)
     for module, own_weight, own_bias in zip(modules, weight.split(sizes), biases, strict=True):
         module.weight = torch.nn.Parameter(own_weight, requires_grad=False)
-        module.bias = None if own_bias is None else torch.nn.Parameter(own_bias, requires_grad=False)
+        if own_bias is not None:
+            module.bias = torch.nn.Parameter(own_bias, requires_grad=False)
     return weight, bias
 
 

@@ -47,17 +47,21 @@ def load_runtime(
 class GuidanceLogitsProcessor(LogitsProcessor):
     """Guides one call of `generate` by greedy search or sampling.
 
+    model: what `generate` is called on; its own logits are guided, and not what processors in front of this one have
+    made of them. Masks and additions of theirs act on the guided logits once, a repetition penalty by as much as it
+    changed the model's own; give a penalty behind this processor to apply it to the guided logits themselves.
     guidance: one guidance object for the whole batch, or one (or None) for each prompt.
     attention_mask: that of the prompts, [prompts, length]; needed when they are padded.
     seed: of the Monte Carlo estimates; every row has its own from it.
 
-        processor = GuidanceLogitsProcessor(runtime, {"method": "pargs", "reward_model": "helpful"}, mask)
+        processor = GuidanceLogitsProcessor(model, runtime, {"method": "pargs", "reward_model": "helpful"}, mask)
         sequences = model.generate(ids, attention_mask=mask, logits_processor=[processor])
         reports = processor.finish(sequences)
     """
 
     def __init__(
         self,
+        model: torch.nn.Module,
         runtime: GuidanceRuntime,
         guidance: Mapping[str, Any] | Sequence[Mapping[str, Any] | None],
         attention_mask: torch.Tensor | None = None,
@@ -69,16 +73,20 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         objects = [guidance] if isinstance(guidance, Mapping) else list(guidance)
         self._plans = [None if g is None else _plan(runtime, g) for g in objects]
         self._call = next(_calls)
+        self._own: torch.Tensor | None = None
+        self._hook = model.register_forward_hook(self._keep_logits)
         self._rows: list[Row | None] | None = None
         self._prompt_length = 0
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """input_ids [B, L], scores [B, V]; returns guided scores in float32."""
         tokens = input_ids.tolist()
         if self._rows is None:
             self._begin(tokens)
         assert self._rows is not None
-        logits = scores.float().clone()
+        if self._own is None:
+            raise RuntimeError("guidance needs the logits of the model that it was given: call generate on that one")
+        logits, self._own = self._own.to(torch.float32, copy=True), None
         live = []
         for row, sequence in zip(self._rows, tokens, strict=True):
             if row is None:
@@ -90,15 +98,25 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             # A finished row goes on in the batch with padding.
             if self.runtime.eos_token_id not in output:
                 live.append(row)
-        if live:
-            self.runtime.step(logits, live)
-        return logits
+        scores = scores.float()
+        if not live:
+            return scores
+        changed = not torch.equal(logits, scores)
+        change = (scores - logits).masked_fill(scores.isneginf(), -torch.inf) if changed else None
+        self.runtime.step(logits, live, biased=scores if changed else None)
+        guided = logits if change is None else logits + change
+        index = torch.tensor([row.index for row in live], device=scores.device)
+        return scores.index_copy(0, index, guided[index])
+
+    def _keep_logits(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        self._own = output.logits[:, -1].detach()
 
     def finish(self, sequences: torch.Tensor) -> list[Report | None]:
         """Releases the caches; what guidance did to each row of generate's result [B, L], None for unguided rows.
 
         Raises RuntimeError for a row that could not be scored.
         """
+        self._hook.remove()
         reports: list[Report | None] = []
         for row, sequence in zip(self._rows or (), sequences.tolist(), strict=True):
             response = self._response(sequence)
@@ -144,7 +162,14 @@ def _plan(runtime: GuidanceRuntime, value: Mapping[str, Any]) -> Plan:
         for field, name in named:
             if name not in loaded:
                 raise GuidanceError(field, f"no {what} {name!r} is loaded; loaded are: {', '.join(loaded) or 'none'}")
-    return compile_plan(guidance)
+    plan = compile_plan(guidance)
+    if (
+        plan.reward_models
+        and not plan.formula.has_candidates
+        and not set(plan.reward_models) <= set(runtime.models.readers)
+    ):
+        raise GuidanceError("guidance.top_k", "null needs reward models that return the reward of every next token")
+    return plan
 
 
 def _spread(values: list[Any], rows: int, what: str) -> list[Any]:

@@ -1,4 +1,5 @@
-"""A bound on how far one answer may go from the base model: Σ KL(π_t‖π₀_t) over its positions never exceeds a budget.
+"""A bound on how far guidance may take one answer from the base model: Σ KL(π_t‖π₀_t) over its positions never exceeds
+a budget. π₀ is the base on the support of π: what keeping only the top k costs is there also without guidance.
 
 The KL of a position is known before its token is drawn, so the sum is kept below the budget on every path, not only in
 the mean; by the chain rule its expectation is the KL between the distributions of whole answers.
@@ -6,8 +7,7 @@ the mean; by the chain rule its expectation is the KL between the distributions 
 No position may take more than an eighth of what is left. One that would take more decodes π₀^(1−s)·π^s, for rewards β
 shrunk to s·β, with the largest s that keeps to its share: of all distributions with that KL, the one of most reward.
 What is left shrinks by an eighth at most, so guidance never runs dry and no length has to be guessed; a strength that
-would over-optimise is cut down at every position alike, and one that needs less is left alone. A position where even
-the base restricted to the support costs more than its share, as under a top k, is decoded by the base.
+would over-optimise is cut down at every position alike, and one that needs less is left alone.
 """
 
 from collections.abc import Sequence
@@ -30,36 +30,32 @@ class Fitted:
     scores: torch.Tensor
     """[n, C] log π of the weakened distribution, up to a constant."""
     kl: torch.Tensor
-    """[n] KL of each row's distribution, nats; 0 where the base decodes."""
-    fits: torch.Tensor
-    """[n] bool; False where even the base model restricted to the support costs more than its share."""
+    """[n] KL of each row's distribution from the base's on the same support, nats."""
 
 
-def fit_budgets(
-    steered: Sequence[Steered], scores: torch.Tensor, base_logprobs: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weakens those rows of `scores` [G, C] that have a budget, and counts what they spend.
+def fit_budgets(steered: Sequence[Steered], scores: torch.Tensor, base_logprobs: torch.Tensor) -> torch.Tensor:
+    """`scores` [G, C] with those rows weakened that have a budget; counts what they spend.
 
-    Returns scores and [G] bool: False where a row does not fit and the base decodes. What is left of a budget is the
-    host's: with one in the batch it waits for the device.
+    What is left of a budget is the host's: with one in the batch it waits for the device. A row of NaN spends nothing
+    and stays as it is.
     """
-    fits = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
     lines = [n for n, s in enumerate(steered) if s.row.request.plan.kl_budget is not None]
     if not lines:
-        return scores, fits
+        return scores
     requests = [steered[n].row.request for n in lines]
     places = to_device(lines, scores.device)
     left = to_device([request.budget_left for request in requests], scores.device, scores.dtype)
     fitted = fit_budget(scores[places], base_logprobs[places], left)
-    for request, kl in zip(requests, fitted.kl.tolist(), strict=True):
+    for request, kl in zip(requests, fitted.kl.nan_to_num(0.0).tolist(), strict=True):
         request.spent[-1] = kl
-    return scores.index_copy(0, places, fitted.scores), fits.index_copy(0, places, fitted.fits)
+    return scores.index_copy(0, places, fitted.scores)
 
 
 def fit_budget(scores: torch.Tensor, base_logprobs: torch.Tensor, left: torch.Tensor) -> Fitted:
-    """scores: log π up to a constant [n, C]; base_logprobs: log π₀ of the same tokens [n, C], -inf where masked;
-    left: [n] nats."""
+    """scores: log π up to a constant [n, C]; base_logprobs: log π₀ of the same tokens up to a constant [n, C], -inf
+    where masked; left: [n] nats."""
     absent = base_logprobs.isneginf() | scores.isneginf()
+    base_logprobs = base_logprobs.masked_fill(absent, -torch.inf).log_softmax(dim=-1)
     base = base_logprobs.masked_fill(absent, 0.0)
     direction = scores.masked_fill(absent, 0.0) - base
     allowed = SHARE * left
@@ -78,8 +74,7 @@ def fit_budget(scores: torch.Tensor, base_logprobs: torch.Tensor, left: torch.Te
             low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
         strength = torch.where(exceeds, low, strength)
         kl = _support_kl(at(strength), base_logprobs)
-    fits = kl <= allowed
-    return Fitted(at(strength), torch.where(fits, kl, 0.0), fits)
+    return Fitted(at(strength), kl)
 
 
 def _support_kl(scores: torch.Tensor, base_logprobs: torch.Tensor) -> torch.Tensor:

@@ -63,16 +63,16 @@ class Layout:
             last_block.append(sequence.blocks[(length - 1) // BLOCK_SIZE])
         tables = to_device(table, self._device)
         place = to_device([lengths, last_block], self._device).unsqueeze(-1)
-        length, block = place[0], place[1]
-        offset = (length - 1) % BLOCK_SIZE
+        visible, block = place[0], place[1]
+        offset = (visible - 1) % BLOCK_SIZE
         if branches:
             block = torch.cat((block, tables[:, width : width + 1] + shared.block), dim=1)
             offset = torch.cat((offset, shared.offset.expand(len(lengths), -1)), dim=1)
         return AttentionBatch(
             cache=self._cache,
             tables=tables,
-            positions=length - 1 + shared.ahead,
-            visible=length.expand(len(lengths), len(shared.ahead)),
+            positions=visible - 1 + shared.ahead,
+            visible=visible.expand(len(lengths), len(shared.ahead)),
             written=None,
             destinations=(block, offset),
             branches=shared.seen,

@@ -48,7 +48,8 @@ class PolicyTerm:
 class Formula:
     """log π(v) = base · log π₀(v) + Σ policies + beta · Σ rewards + const.
 
-    With rewards v is one of the base's top_k, otherwise any token; with end_token rewards are read after v·<eos>.
+    With rewards v is one of the base's top_k, or any token where top_k is 0, as without rewards; with end_token rewards
+    are read after v·<eos>.
     """
 
     base: float = 1.0
@@ -62,6 +63,11 @@ class Formula:
     def tokens_per_step(self) -> int:
         """Tokens that one causal reward model reads for one generated token."""
         return 1 + self.top_k * (2 if self.end_token else 1)
+
+    @property
+    def has_candidates(self) -> bool:
+        """Whether the support is the base's top k, and not the whole vocabulary."""
+        return bool(self.rewards) and self.top_k > 0
 
     @property
     def is_base(self) -> bool:
@@ -145,7 +151,7 @@ def _reward_formula(guidance: RewardGuidance) -> Formula:
         policies=over.policies,
         rewards=tuple(_compile_term(term) for term in guidance.terms),
         beta=guidance.beta,
-        top_k=guidance.top_k,
+        top_k=guidance.top_k or 0,
         end_token=guidance.end_token,
     )
 

@@ -1,5 +1,6 @@
 """Policies: causal language models with the base's tokenizer, or adapters over the base, that read one token a step."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def inspect_policy(
 
 def is_adapter(path: str) -> bool:
     """Whether a local folder holds a PEFT adapter."""
-    return (Path(path) / ADAPTER_CONFIG).is_file()
+    return os.path.isfile(Path(path) / ADAPTER_CONFIG)
 
 
 def _require_tokenizer(label: str, path: str, base_tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool) -> None:

@@ -53,7 +53,7 @@ class ReferenceStep:
     rewards: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Reward model → reward of each candidate."""
     doubt: float = math.inf
-    """Distance of a gate's or budget's quantity from its threshold: below float32's precision it is arbitrary."""
+    """Distance of a gate's quantity from its threshold: below float32's precision it is arbitrary."""
 
     @property
     def margin(self) -> float:
@@ -62,9 +62,14 @@ class ReferenceStep:
         return float(best[0] - best[1])
 
     @property
-    def kl(self) -> float:
-        """KL(π‖π₀) in nats."""
-        return _kl(self.logprobs, self.base_logprobs)
+    def kl_truncation(self) -> float:
+        """−log π₀(support) in nats: what keeping only the support costs."""
+        return -float(self.base_logprobs[self.logprobs > -torch.inf].logsumexp(-1))
+
+    @property
+    def kl_steering(self) -> float:
+        """KL of π from π₀ on the support of π, in nats."""
+        return _kl(self.logprobs, self.base_logprobs) - self.kl_truncation
 
 
 def reference_step(
@@ -112,7 +117,7 @@ def reference_greedy(
     response: list[int] = []
     steps: list[ReferenceStep] = []
     while len(response) < max_tokens and (not response or response[-1] != models.end_token):
-        spent = sum(step.kl for step in steps)
+        spent = sum(step.kl_steering for step in steps)
         steps.append(reference_step([*prompt, *response], guidance, models, len(response), spent))
         response.append(int(steps[-1].logprobs.argmax()))
     return response, steps
@@ -124,7 +129,7 @@ def reference_replay(
     """The steps of an answer that somebody else chose."""
     steps: list[ReferenceStep] = []
     for n in range(len(response)):
-        spent = sum(step.kl for step in steps)
+        spent = sum(step.kl_steering for step in steps)
         steps.append(reference_step([*prompt, *response[:n]], guidance, models, n, spent))
     return steps
 
@@ -140,17 +145,19 @@ def _apply(
     def policy(name: str) -> torch.Tensor:
         return base if name == BASE else models.policies[name](tokens).double().log_softmax(-1)
 
+    def product(coefficients: Mapping[str, float]) -> torch.Tensor:
+        return torch.stack([c * policy(name) for name, c in coefficients.items() if c]).sum(dim=0)
+
     if isinstance(guidance, RewardGuidance):
         over = base
         if guidance.policies is not None:
-            over = sum(c * policy(name) for name, c in guidance.policies.items() if c)
+            over = product(guidance.policies)
         return _rerank(guidance, tokens, base, over, models)
     if isinstance(guidance, MixedGuidance):
         return ReferenceStep(mix(base, policy(guidance.policy), guidance.mix), base, guidance.mix != 0)
     if isinstance(guidance, ProductGuidance):
-        total = sum(c * policy(name) for name, c in guidance.policies.items() if c)
         alone = all(c == (name == BASE) for name, c in guidance.policies.items())
-        return ReferenceStep(_masked(base, total), base, not alone)
+        return ReferenceStep(_masked(base, product(guidance.policies)), base, not alone)
     return ReferenceStep(_masked(base, policy(guidance.policy)), base, True)
 
 
@@ -162,7 +169,7 @@ def _rerank(
     models: ReferenceModels,
 ) -> ReferenceStep:
     """PARGS, Algorithm 1: V_k = the k most likely tokens of π₀; log π(v) = log π₀(v) + β Σ w T(r(s·v)) on V_k."""
-    candidates = base.topk(min(guidance.top_k, len(base))).indices.tolist()
+    candidates = base.topk(min(guidance.top_k or len(base), len(base))).indices.tolist()
     suffix = [models.end_token] if guidance.end_token else []
     texts = [[*tokens, candidate, *suffix] for candidate in candidates]
     raw = {term.model: models.rewards[term.model](texts).double() for term in guidance.terms}
@@ -206,25 +213,21 @@ def _above(value: float, threshold: float) -> tuple[bool, float]:
 
 
 def _weaken(step: ReferenceStep, allowed: float) -> ReferenceStep:
-    """π₀^(1−s) π^s on the support with the largest s that costs at most `allowed` nats; π₀ if none does."""
-    if step.kl <= allowed:
+    """π₀^(1−s) π^s on the support with the largest s that costs at most `allowed` nats against π₀ on it."""
+    if step.kl_steering <= allowed:
         return step
-    support = step.logprobs > -torch.inf
-    least = _kl(_between(step, support, 0.0), step.base_logprobs)
-    doubt = abs(least - allowed) if step.candidates else math.inf
-    if least > allowed:
-        return ReferenceStep(step.base_logprobs, step.base_logprobs, doubt=doubt)
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        fits = _kl(_between(step, support, middle), step.base_logprobs) <= allowed
+        fits = _between(step, middle).kl_steering <= allowed
         low, high = (middle, high) if fits else (low, middle)
-    return replace(step, logprobs=_between(step, support, low), doubt=doubt)
+    return _between(step, low)
 
 
-def _between(step: ReferenceStep, support: torch.Tensor, strength: float) -> torch.Tensor:
+def _between(step: ReferenceStep, strength: float) -> ReferenceStep:
     mixed = (1 - strength) * step.base_logprobs + strength * step.logprobs
-    return torch.where(support, mixed, -torch.inf).log_softmax(-1)
+    support = step.logprobs > -torch.inf
+    return replace(step, logprobs=torch.where(support, mixed, -torch.inf).log_softmax(-1))
 
 
 def _masked(base: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

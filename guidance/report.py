@@ -14,7 +14,7 @@ from steersman.guidance.transfer import to_device
 
 _BASE = Formula()
 _SUMMED = (
-    *("guided_tokens", "interventions", "kl", "reward_model_tokens", "policy_tokens"),
+    *("guided_tokens", "interventions", "kl", "kl_truncation", "kl_steering", "reward_model_tokens", "policy_tokens"),
     *("saved_reward_model_tokens", "saved_policy_tokens", "switches"),
 )
 BASE_SOURCE, GUIDED_SOURCE, MIXTURE_SOURCE = "base", "guided", "mixture"
@@ -30,7 +30,7 @@ class CandidateStep:
     ids: torch.Tensor
     """[G, k] int64."""
     base_logprobs: torch.Tensor
-    """[G, k] float32, normalised over the vocabulary; -inf where a candidate is masked."""
+    """[G, k] float32, normalised over the tokens that no grammar or ban masks; -inf where a candidate is masked."""
     scores: torch.Tensor
     """[G, k] float32: log π up to a constant."""
     rewards: torch.Tensor
@@ -50,28 +50,38 @@ class VocabularyStep:
     guided_total: torch.Tensor
     opened: torch.Tensor
     """[G] bool: whether the position's formula was decoded, and not what stands behind its gate."""
+    rewards: torch.Tensor | None = None
+    """[G, terms, V] float32, as the reward models gave them; None without rewards."""
 
     def choose(self, lines: Sequence[int], tokens: torch.Tensor) -> "ChosenStep":
         """What became of `lines` now that their tokens [len(lines)] int64 are known; asks the device for nothing."""
-        parts = self.base, self.guided, self.base_total, self.guided_total, self.opened
+        parts = [self.base, self.guided, self.base_total, self.guided_total, self.opened]
         if list(lines) != list(range(len(self.base))):
             line = to_device(lines, self.base.device)
-            parts = tuple(part[line] for part in parts)
+            parts = [part[line] for part in parts]
         base, guided, base_total, guided_total, opened = parts
         token = tokens.unsqueeze(-1)
+        rewards = None
+        if self.rewards is not None:
+            rewards = self.rewards[to_device(lines, self.base.device), :, tokens]
         logprobs = guided.gather(1, token).squeeze(-1) - guided_total
         base_logprobs = base.gather(1, token).squeeze(-1) - base_total
         changed = base.argmax(dim=-1) != guided.argmax(dim=-1)
-        return ChosenStep(torch.stack((logprobs, base_logprobs, changed.float(), opened.float()), dim=-1))
+        return ChosenStep(torch.stack((logprobs, base_logprobs, changed.float(), opened.float()), dim=-1), rewards)
 
-    def trace(self, line: int) -> list[dict[str, Any]]:
-        """The most likely tokens of a line, best first."""
+    def trace(self, line: int, terms: Sequence[RewardTerm]) -> list[dict[str, Any]]:
+        """The most likely tokens of a line, whose formula has the reward `terms`, best first."""
         best = self.guided[line].topk(min(TRACED, self.guided.shape[-1]))
         base = self.base[line, best.indices] - self.base_total[line]
         scores = best.values - self.guided_total[line]
+        rewards: list[float | None] = [None] * len(base)
+        if self.rewards is not None:
+            raw = self.rewards[line][:, best.indices].double().cpu().numpy()
+            rewards = _combined_rewards(terms, raw).tolist()
+        rows = zip(best.indices.tolist(), base.tolist(), rewards, scores.tolist(), strict=True)
         return [
-            {"token_id": token, "logprob": logprob, "reward": None, "score": score}
-            for token, logprob, score in zip(best.indices.tolist(), base.tolist(), scores.tolist(), strict=True)
+            {"token_id": token, "logprob": logprob, "reward": reward, "score": score}
+            for token, logprob, reward, score in rows
             if score > -np.inf
         ]
 
@@ -83,6 +93,8 @@ class ChosenStep:
     values: torch.Tensor
     """[n, 4] float32: log π and log π₀ of the chosen token; 1 where guidance changed the most likely token; 1 where
     the position's formula was decoded."""
+    rewards: torch.Tensor | None = None
+    """[n, terms] of the chosen token; None without rewards."""
 
 
 @dataclass(slots=True)
@@ -119,6 +131,10 @@ class Report:
     """Positions at which guidance changed the most likely token."""
     kl: float
     """Σ log π − log π₀ of the chosen tokens, nats, before temperature and top-p."""
+    kl_truncation: float
+    """Of it what keeping only the candidates costs, Σ −log π₀(candidates): there also with β = 0."""
+    kl_steering: float
+    """The rest, against π₀ on the same candidates: what rewards and policies have done."""
     rewards: dict[str, float | None]
     """Each reward model's value after the last token; None where the last token was not scored."""
     reward_model_tokens: int
@@ -141,6 +157,8 @@ class _Outcome:
     """One position, whichever way it was decoded."""
 
     kl: float
+    truncation: float
+    """Of `kl`; 0 where the whole vocabulary is the support."""
     changed: bool
     candidates: list[dict[str, Any]]
     formula: Formula
@@ -158,12 +176,16 @@ def summarise(
     used = [] if error is not None else list(positions[: len(response)])
     outcomes = _candidate_outcomes(plan, used, response) | _vocabulary_outcomes(used)
     sources = [_source_at(outcomes, n) for n in range(len(response))]
+    kl = float(sum(outcome.kl for outcome in outcomes.values()))
+    truncation = float(sum(outcome.truncation for outcome in outcomes.values()))
     return Report(
         method=plan.method,
         tokens=len(response),
         guided_tokens=len(outcomes),
         interventions=sum(outcome.changed for outcome in outcomes.values()),
-        kl=float(sum(outcome.kl for outcome in outcomes.values())),
+        kl=kl,
+        kl_truncation=truncation,
+        kl_steering=kl - truncation,
         rewards=_final_rewards(plan, used, response),
         reward_model_tokens=counts.reward_model_tokens,
         policy_tokens=counts.policy_tokens,
@@ -216,6 +238,7 @@ def _candidate_outcomes(plan: Plan, used: Sequence[Position], response: Sequence
     base = _stack([step.base_logprobs[line] for step, line in steps]).astype(np.float64)  # type: ignore[union-attr]
     scores = _stack([step.scores[line] for step, line in steps]).astype(np.float64)  # type: ignore[union-attr]
     logprobs = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
+    truncation = -np.logaddexp.reduce(np.where(scores > -np.inf, base, -np.inf), axis=1)
     chosen = ids == np.asarray([response[n] for n in places])[:, None]
     changed = scores.argmax(axis=1) != base.argmax(axis=1)
     outcomes = {}
@@ -224,7 +247,7 @@ def _candidate_outcomes(plan: Plan, used: Sequence[Position], response: Sequence
             column = int(chosen[row].argmax())
             kl = float(logprobs[row, column] - base[row, column])
             shown = _candidates(used[n], ids[row], base[row], logprobs[row]) if plan.trace else []
-            outcomes[n] = _Outcome(kl, bool(changed[row]), shown, used[n].formula)
+            outcomes[n] = _Outcome(kl, float(truncation[row]), bool(changed[row]), shown, used[n].formula)
     return outcomes
 
 
@@ -237,7 +260,7 @@ def _vocabulary_outcomes(used: Sequence[Position]) -> dict[int, _Outcome]:
     for (n, position, _), (logprob, base_logprob, changed, opened) in zip(chosen, values, strict=True):
         formula = position.formula if opened else position.below
         if not formula.is_base:
-            outcomes[n] = _Outcome(logprob - base_logprob, bool(changed), position.traced, formula)
+            outcomes[n] = _Outcome(logprob - base_logprob, 0.0, bool(changed), position.traced, formula)
     return outcomes
 
 
@@ -272,6 +295,8 @@ def _final_rewards(plan: Plan, used: Sequence[Position], response: Sequence[int]
         if len(column):
             values = step.rewards[line, :, int(column[0])].tolist()
             last = dict(zip(last, values, strict=False))
+    elif isinstance(step, ChosenStep) and step.rewards is not None:
+        last = dict(zip(last, step.rewards[used[-1].line].tolist(), strict=False))
     return last
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 MAX_TOP_K = 64
 MAX_BETA = 100.0
@@ -11,15 +11,37 @@ MAX_WEIGHT = 100.0
 MAX_REWARDS = 8
 MAX_POLICIES = 8
 MAX_COEFFICIENT = 100.0
+MAX_TRANSFORM = 10_000.0
+"""Of a transform's parameters: beyond it float32 no longer tells the rewards of two candidates apart."""
+MAX_NATS = 1_000_000.0
+"""Of thresholds and budgets: beyond any divergence of two distributions over a vocabulary."""
 MAX_SAMPLES = 10_000
 MAX_ANSWERS = 64
 MAX_BLOCK = 4096
+MAX_LENGTH = 2**31 - 1
+"""Tokens of an answer that a gate or a policy may be asked for: more than any model reads."""
 
 BASE = "base"
 """The frozen base model's name among policies."""
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Transform = Annotated[_Finite, Field(ge=-MAX_TRANSFORM, le=MAX_TRANSFORM)]
+_Nats = Annotated[_Finite, Field(ge=0.0, le=MAX_NATS)]
 _Name = Annotated[str, Field(min_length=1)]
+
+
+def whole_number(value: Any) -> Any:
+    """An integral float as an integer, since JSON has one type of number; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(whole_number)
+"""Lets a strict integer field take 10.0; 10.5, true and "10" stay refused."""
+_Length = Annotated[int, Field(ge=1, le=MAX_LENGTH), WHOLE]
+_TopK = Annotated[int, Field(ge=1, le=MAX_TOP_K), WHOLE]
+_Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES), WHOLE]
+_Answers = Annotated[int, Field(ge=2, le=MAX_ANSWERS), WHOLE]
+_Block = Annotated[int, Field(ge=1, le=MAX_BLOCK), WHOLE]
 _Coefficient = Annotated[_Finite, Field(ge=-MAX_COEFFICIENT, le=MAX_COEFFICIENT)]
 Estimator = Literal["exact", "monte_carlo"]
 
@@ -54,9 +76,12 @@ class Reward(_Strict):
         description="identity: r; affine: scale·r + shift; log_sigmoid: log σ(r − reference), which damps what is "
         "already good enough (Transforming and Combining Rewards).",
     )
-    scale: _Finite = Field(1.0, description="Slope of the affine transform.")
-    shift: _Finite = Field(0.0, description="Offset of the affine transform.")
-    reference: _Finite = Field(0.0, description="Reward at which log_sigmoid is log ½, for example a quantile.")
+    scale: _Transform = Field(1.0, description="Slope of the affine transform.")
+    shift: _Transform = Field(
+        0.0,
+        description="Offset of the affine transform: the same for every candidate, it changes what is reported only.",
+    )
+    reference: _Transform = Field(0.0, description="Reward at which log_sigmoid is log ½, for example a quantile.")
 
     @model_validator(mode="after")
     def _parameters_belong_to_the_transform(self) -> "Reward":
@@ -71,16 +96,16 @@ class Reward(_Strict):
 class Gate(_Strict):
     """At which positions the method applies; elsewhere the base model decodes. All given conditions must hold."""
 
-    first_tokens: int | None = Field(None, ge=1, description="Only the first so many tokens of the answer.")
-    entropy_above: _Finite | None = Field(
-        None, ge=0.0, description="Only where the base model's entropy exceeds this, in nats: where it is uncertain."
+    first_tokens: _Length | None = Field(None, description="Only the first so many tokens of the answer.")
+    entropy_above: _Nats | None = Field(
+        None, description="Only where the base model's entropy exceeds this, in nats: where it is uncertain."
     )
-    kl_above: _Finite | None = Field(
-        None, ge=0.0, description="Only where KL(policy‖base) exceeds this, in nats: where the two disagree."
+    kl_above: _Nats | None = Field(
+        None, description="Only where KL(policy‖base) exceeds this, in nats: where the two disagree."
     )
     policy: _Name | None = Field(None, description="Whose KL kl_above looks at; by default the method's only policy.")
     estimator: Estimator = Field("exact", description="How that KL is found: exactly or from samples of the policy.")
-    samples: int = Field(1000, ge=1, le=MAX_SAMPLES, description="Samples of the monte_carlo estimator.")
+    samples: _Samples = Field(1000, description="Samples of the monte_carlo estimator.")
 
     @model_validator(mode="after")
     def _conditions(self) -> "Gate":
@@ -96,11 +121,11 @@ class Gate(_Strict):
 class _Steered(_Strict):
     """What every method that works token by token can be asked for."""
 
-    kl_budget: _Finite | None = Field(
+    kl_budget: _Nats | None = Field(
         None,
         gt=0.0,
-        description="Bound on Σ KL(π‖π₀) over the answer's positions, in nats: a position that would take more "
-        "than an eighth of what is left is weakened until it does not.",
+        description="Bound on Σ KL(π‖π₀) over the answer's positions, in nats, π₀ being the base on the same "
+        "candidates: a position that would take more than an eighth of what is left is weakened until it does not.",
     )
     trace: bool = Field(False, description="Report every token: candidates, scores, KL, and what was sampled from.")
 
@@ -121,7 +146,11 @@ class RewardGuidance(_Gated):
         None, strict=False, min_length=1, max_length=MAX_REWARDS, description="Reward terms, added up."
     )
     beta: _Finite = Field(1.0, ge=0.0, le=MAX_BETA, description="Strength β; 0 leaves top-k sampling of the base.")
-    top_k: int = Field(10, ge=1, le=MAX_TOP_K, description="Candidates a step: the k most likely base tokens.")
+    top_k: _TopK | None = Field(
+        10,
+        description="Candidates a step: the k most likely base tokens. null keeps the whole vocabulary, where every "
+        "reward model returns the rewards of all next tokens at once (kind vocabulary).",
+    )
     end_token: bool = Field(
         False, description="Score every candidate as if the answer ended there: the end token is appended to it."
     )
@@ -160,7 +189,7 @@ class LengthControlGuidance(_Steered):
 
     method: Literal["length_control"]
     policy: _Name = Field(description="Name under which the server loaded the policy.")
-    length: int = Field(ge=1, description="t: tokens of the answer that the policy decodes.")
+    length: _Length = Field(description="t: tokens of the answer that the policy decodes.")
 
 
 class KLThresholdGuidance(_Steered):
@@ -168,9 +197,9 @@ class KLThresholdGuidance(_Steered):
 
     method: Literal["kl_threshold"]
     policy: _Name = Field(description="Name under which the server loaded the policy.")
-    threshold: _Finite = Field(ge=0.0, description="b, in nats.")
+    threshold: _Nats = Field(description="b, in nats.")
     estimator: Estimator = Field("exact", description="How the KL is found: exactly or from samples of the policy.")
-    samples: int = Field(1000, ge=1, le=MAX_SAMPLES, description="Samples of the monte_carlo estimator.")
+    samples: _Samples = Field(1000, description="Samples of the monte_carlo estimator.")
     mix: _Coefficient = Field(
         0.0, description="Below the threshold: 0 for the base, else the mixture with this a, as the authors' script."
     )
@@ -195,7 +224,7 @@ class BestOfN(_Strict):
 
     method: Literal["best_of_n"]
     reward_model: _Name = Field(description="Name under which the server loaded the reward model.")
-    n: int = Field(ge=2, le=MAX_ANSWERS, description="Answers that are sampled.")
+    n: _Answers = Field(description="Answers that are sampled.")
     trace: bool = Field(False, description="Report every sample and its reward.")
 
 
@@ -204,8 +233,8 @@ class Blockwise(_Strict):
 
     method: Literal["blockwise"]
     reward_model: _Name = Field(description="Name under which the server loaded the reward model.")
-    n: int = Field(ge=2, le=MAX_ANSWERS, description="Samples of each block.")
-    block: int = Field(16, ge=1, le=MAX_BLOCK, description="Tokens of a block.")
+    n: _Answers = Field(description="Samples of each block.")
+    block: _Block = Field(16, description="Tokens of a block.")
     trace: bool = Field(False, description="Report every sample and its reward.")
 
 

@@ -28,6 +28,7 @@ from steersman.guidance.checkpoints import (
     require_vocabulary,
 )
 from steersman.guidance.rewards import CausalReward, RewardModel, VocabularyReward
+from steersman.guidance.text_form import TextForm, choose_form
 from steersman.guidance.text_reward import TextReward
 from steersman.guidance.tokenizers import same_tokenizer, size_of
 
@@ -42,6 +43,8 @@ class RewardCheckpoint:
     model: Any
     tokenizer: PreTrainedTokenizerBase | None
     """Its own, where it is scored from text."""
+    form: TextForm | None = None
+    """How it reads a conversation, where it is scored from text."""
 
 
 def load_reward_model(
@@ -54,15 +57,17 @@ def load_reward_model(
     cache_bytes: int = 256 * 2**20,
     max_rows: int = 64,
     trust_remote_code: bool = False,
+    template: str | None = None,
 ) -> RewardModel:
     """Loads a checkpoint from a folder or the hub and picks its path: over a cache when it is causal and shares the
     base's tokenizer, with a vocabulary head when it says that it has one, else from text.
 
-    max_rows: rows that one forward is laid out for; more are scored in several.
+    max_rows: rows that one forward is laid out for; more are scored in several. template: how a model that is scored
+    from text reads its input, see `choose_form`.
 
     Raises ModelRefused with the reason and the way out. Only safetensors are read.
     """
-    checkpoint = read_reward_checkpoint(name, path, base_tokenizer, dtype, trust_remote_code)
+    checkpoint = read_reward_checkpoint(name, path, base_tokenizer, dtype, trust_remote_code, template)
     model = build_reward_model(name, checkpoint, base_tokenizer, device, cache_bytes, max_rows)
     make_ready(model)
     return model
@@ -74,9 +79,10 @@ def read_reward_checkpoint(
     base_tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    template: str | None = None,
 ) -> RewardCheckpoint:
     """The part of loading that needs no device; raises as `load_reward_model` does."""
-    config, tokenizer, kind = inspect_checkpoint(name, path, base_tokenizer, trust_remote_code)
+    config, tokenizer, kind = inspect_checkpoint(name, path, base_tokenizer, trust_remote_code, template)
     family = AutoModelForCausalLM if kind == VocabularyReward.kind else AutoModelForSequenceClassification
     try:
         model, report = family.from_pretrained(
@@ -100,7 +106,9 @@ def read_reward_checkpoint(
                 "sentence is arbitrary, and steers badly; train it with aspects_at: tokens",
                 name,
             )
-    return RewardCheckpoint(kind, model, tokenizer if kind == TextReward.kind else None)
+    if kind != TextReward.kind:
+        return RewardCheckpoint(kind, model, None)
+    return RewardCheckpoint(kind, model, tokenizer, choose_form(name, config, tokenizer, template))
 
 
 def build_reward_model(
@@ -124,11 +132,16 @@ def build_reward_model(
         model.config.model_type,
     )
     assert checkpoint.tokenizer is not None
-    return TextReward(model, name, checkpoint.tokenizer, decode=_text_decoder(base_tokenizer))
+    assert checkpoint.form is not None
+    return TextReward(model, name, checkpoint.tokenizer, checkpoint.form, decode=_text_decoder(base_tokenizer))
 
 
 def inspect_checkpoint(
-    name: str, path: str, base_tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
+    name: str,
+    path: str,
+    base_tokenizer: PreTrainedTokenizerBase,
+    trust_remote_code: bool = False,
+    template: str | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase, str]:
     """Everything that can be said of a checkpoint without its weights: config, tokenizer, kind of reward model.
 
@@ -155,6 +168,13 @@ def inspect_checkpoint(
         kind = CausalReward.kind if shared and is_causal(config) else TextReward.kind
     if kind != TextReward.kind:
         require_vocabulary(f"reward model {name!r}", path, declared_vocabulary(config), base_tokenizer)
+        if template is not None:
+            raise ModelRefused(
+                f"--reward-template {name}: this model reads the base's own tokens, with the base's chat template; "
+                "leave the flag out"
+            )
+    else:
+        choose_form(name, config, tokenizer, template)
     return config, tokenizer, kind
 
 

@@ -14,6 +14,7 @@ from steersman.guidance.cached import CachedModel, NextTokenModel
 from steersman.guidance.checkpoints import find_head, training_facts
 from steersman.guidance.graphs import CANDIDATES
 from steersman.guidance.plan import Formula
+from steersman.guidance.text_form import Source
 from steersman.guidance.verification import verify
 
 _TEXT_CHUNK = 64
@@ -54,12 +55,17 @@ class RewardModel(Protocol):
         """Tokens read for one generated token; 0 where every step reads another number."""
         ...
 
-    def score_text(self, prompt: Sequence[int], response: Sequence[int]) -> list[float]:
-        """The reward after each token of `response`."""
+    def score_text(
+        self, prompt: Sequence[int], response: Sequence[int], start: int = 0, source: Source | None = None
+    ) -> list[float]:
+        """The reward after each token of `response` from index `start` on. `source` is what the prompt was made of,
+        for a model that reads text."""
         ...
 
-    def score_answers(self, prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> tuple[list[float], int]:
-        """The reward at the end of each response, and the tokens read for all of them."""
+    def score_answers(
+        self, prompt: Sequence[int], responses: Sequence[Sequence[int]], source: Source | None = None
+    ) -> tuple[list[float], int]:
+        """The reward at the end of each response, and the tokens read for all of them; `source` as above."""
         ...
 
     def release(self, key: Hashable, tokens: Sequence[int] | None = None, failed: bool = False) -> None:
@@ -96,7 +102,7 @@ class _CachedReward(CachedModel):
         ones is read once."""
         finite = False
         try:
-            shared = self._read_prompt(prompt)
+            shared = self._read_prompt(prompt) if len(prefixes) > 1 else 0
             outputs, read = self.model.read(prefixes)
             finite = bool(outputs.isfinite().all())
         finally:
@@ -149,13 +155,17 @@ class CausalReward(_CachedReward):
         return outputs[..., 0], read
 
     @torch.inference_mode()
-    def score_text(self, prompt: Sequence[int], response: Sequence[int]) -> list[float]:
+    def score_text(
+        self, prompt: Sequence[int], response: Sequence[int], start: int = 0, source: Source | None = None
+    ) -> list[float]:
         """See RewardModel.score_text."""
         hidden = self.model.read_text([*prompt, *response])
-        return [float(r) for r in self.model.head(hidden[len(prompt) :]).float()[:, 0]]
+        return [float(r) for r in self.model.head(hidden[len(prompt) + start :]).float()[:, 0]]
 
     @torch.inference_mode()
-    def score_answers(self, prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> tuple[list[float], int]:
+    def score_answers(
+        self, prompt: Sequence[int], responses: Sequence[Sequence[int]], source: Source | None = None
+    ) -> tuple[list[float], int]:
         """See RewardModel.score_answers."""
         outputs, read = self._read_answers(prompt, [Prefix(object(), prompt, response) for response in responses])
         return outputs[:, 0].tolist(), read
@@ -189,15 +199,19 @@ class VocabularyReward(_CachedReward, NextTokenModel):
         return rewards.gather(1, candidates.to(rewards.device).clamp(max=self.vocabulary - 1)), read
 
     @torch.inference_mode()
-    def score_text(self, prompt: Sequence[int], response: Sequence[int]) -> list[float]:
+    def score_text(
+        self, prompt: Sequence[int], response: Sequence[int], start: int = 0, source: Source | None = None
+    ) -> list[float]:
         """See RewardModel.score_text."""
-        before = self.model.read_text([*prompt, *response])[len(prompt) - 1 : -1]
-        tokens = torch.tensor(response, device=before.device).unsqueeze(-1)
+        before = self.model.read_text([*prompt, *response])[len(prompt) + start - 1 : -1]
+        tokens = torch.tensor(response[start:], device=before.device).unsqueeze(-1)
         parts = zip(before.split(_TEXT_CHUNK), tokens.split(_TEXT_CHUNK), strict=True)
         return [float(r) for hidden, token in parts for r in self.model.head(hidden).float().gather(1, token)[:, 0]]
 
     @torch.inference_mode()
-    def score_answers(self, prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> tuple[list[float], int]:
+    def score_answers(
+        self, prompt: Sequence[int], responses: Sequence[Sequence[int]], source: Source | None = None
+    ) -> tuple[list[float], int]:
         """See RewardModel.score_answers."""
         last = [response[-1] for response in responses]
         self.model.require_readable(last)

@@ -8,6 +8,7 @@ import torch
 from steersman.guidance.auxiliary import Prefix
 from steersman.guidance.plan import Formula, KLCondition, Plan
 from steersman.guidance.report import CandidateStep, Counts, Position, VocabularyStep
+from steersman.guidance.text_form import Source
 from steersman.guidance.transfer import to_device
 
 
@@ -20,6 +21,8 @@ class GuidedRequest:
     prompt_length: int
     seed: int = 0
     """Of the Monte Carlo estimates; the same seed gives the same decisions."""
+    source: Source | None = None
+    """What the prompt was made of, for models that read text; without it they read the decoded prompt."""
     positions: list[Position] = field(default_factory=list)
     """One for each generated position."""
     spent: list[float] = field(default_factory=list)
@@ -72,7 +75,7 @@ class Row:
     @property
     def prefix(self) -> Prefix:
         """The tokens so far, as auxiliary models take them."""
-        return Prefix(self.request.key, self.prompt, self.output)
+        return Prefix(self.request.key, self.prompt, self.output, self.request.source)
 
     def caught_up(self, read: int) -> int:
         """How many of the `read` tokens before the last one are the answer's own."""
@@ -154,7 +157,7 @@ def _choose_tokens(requests: Sequence[GuidedRequest], tokens: torch.Tensor) -> N
         position = request.positions[-1] if request.positions else None
         if position is not None and isinstance(position.step, VocabularyStep):
             if request.plan.trace:
-                position.traced = position.step.trace(position.line)
+                position.traced = position.step.trace(position.line, position.formula.rewards)
             _, positions, places = waiting.setdefault(id(position.step), (position.step, [], []))
             positions.append(position)
             places.append(place)

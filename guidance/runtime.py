@@ -25,6 +25,7 @@ from steersman.guidance.readings import Readings
 from steersman.guidance.report import Report, summarise
 from steersman.guidance.rewards import RewardModel
 from steersman.guidance.rows import GuidedRequest, LastTokens, Row, Steered, begin_positions, choose_last_token
+from steersman.guidance.text_form import Source
 from steersman.guidance.transfer import HostCopy, LateReads, copy_to_host, to_device
 from steersman.guidance.vocabulary import steer_vocabulary
 from steersman.guidance.work import Work
@@ -78,11 +79,14 @@ class GuidanceRuntime:
                 request.error = f"{name!r} was unloaded"
         return self.models.remove(name)
 
-    def start(self, key: Hashable, plan: Plan, prompt_length: int, seed: int = 0) -> GuidedRequest:
-        """Begins a request, or takes up one that was paused under the same key."""
+    def start(
+        self, key: Hashable, plan: Plan, prompt_length: int, seed: int = 0, source: Source | None = None
+    ) -> GuidedRequest:
+        """Begins a request, or takes up one that was paused under the same key. source: what its prompt was made of,
+        for reward models that read text; without it they read the decoded prompt."""
         request = self._requests.get(key)
         if request is None:
-            request = self._requests[key] = GuidedRequest(key, plan, prompt_length, seed)
+            request = self._requests[key] = GuidedRequest(key, plan, prompt_length, seed, source)
             self._forget_oldest()
         return request
 
@@ -104,19 +108,26 @@ class GuidanceRuntime:
         spent = None if request.plan.kl_budget is None else sum(request.spent)
         return summarise(request.plan, request.positions, request.counts, response, spent, request.error)
 
-    def score_text(self, name: str, prompt: Sequence[int], response: Sequence[int]) -> list[float]:
-        """A reward model's value after each token of a finished response."""
+    def score_text(
+        self,
+        name: str,
+        prompt: Sequence[int],
+        response: Sequence[int],
+        start: int = 0,
+        source: Source | None = None,
+    ) -> list[float]:
+        """A reward model's value after each token of `response` from index `start` on."""
         self.settle()
-        rewards = self.reward_models[name].score_text(prompt, response)
+        rewards = self.reward_models[name].score_text(prompt, response, start, source)
         self.work.count("score", name, len(prompt) + len(response))
         return rewards
 
     def score_answers(
-        self, name: str, prompt: Sequence[int], responses: Sequence[Sequence[int]]
+        self, name: str, prompt: Sequence[int], responses: Sequence[Sequence[int]], source: Source | None = None
     ) -> tuple[list[float], int]:
         """A reward model's value at the end of each response, and the tokens that it read for all of them."""
         self.settle()
-        rewards, read = self.reward_models[name].score_answers(prompt, responses)
+        rewards, read = self.reward_models[name].score_answers(prompt, responses, source)
         self.work.count("score", name, read)
         return rewards, read
 
@@ -141,34 +152,43 @@ class GuidanceRuntime:
                 self.models.read_ahead(groups, LastTokens(rows, fed()))
 
     @torch.inference_mode()
-    def step(self, logits: torch.Tensor, rows: Sequence[Row], fed: torch.Tensor | None = None) -> None:
+    def step(
+        self,
+        logits: torch.Tensor,
+        rows: Sequence[Row],
+        fed: torch.Tensor | None = None,
+        biased: torch.Tensor | None = None,
+    ) -> None:
         """Writes guided logits into `logits` [B, V] float32 for `rows`; every other row keeps its bits.
 
-        fed: [B] int64 on the logits' device, the last token of every row of the batch, where the device knows them
-        before the host. Scoring a position again is harmless. A row that cannot be scored fails alone: its request is
-        marked, and the end token is forced so that it stops soon.
+        logits: the base model's own, before anything that a client does to them. fed: [B] int64 on the logits' device,
+        the last token of every row of the batch, where the device knows them before the host. biased: [B, V] float32,
+        the same logits after a grammar, bans and biases, -inf where a token is masked; None where no row has any.
+        Candidates are chosen by `biased`, and masks hold; biases and penalties are left to whoever samples, who applies
+        them to what is written here. Scoring a position again is harmless. A row that cannot be scored fails alone: its
+        request is marked, and the end token is forced so that it stops soon.
         """
         self.settle()
         live = [row for row in rows if row.request.error is None and not row.request.finished]
         if live:
-            self._guide(logits, live, _last_tokens(logits, live, fed))
+            self._guide(logits, live, _last_tokens(logits, live, fed), biased)
         self.models.forget_ahead()
         failed = [row.index for row in rows if row.request.error is not None]
         if failed:
-            self._force_end(logits, failed)
+            self._force_end(logits, failed, logits if biased is None else biased)
 
-    def _guide(self, logits: torch.Tensor, rows: list[Row], last: LastTokens) -> None:
+    def _guide(self, logits: torch.Tensor, rows: list[Row], last: LastTokens, biased: torch.Tensor | None) -> None:
         with self.work.timing("writing_seconds"):
             begin_positions(rows, last.tokens)
         readings = Readings(logits.shape[-1])
         steered = self._decide(logits, rows, readings, last)
-        by_rewards = [s for s in steered if s.formula.rewards]
-        by_policies = [s for s in steered if not s.formula.rewards]
-        if by_rewards:
-            self._candidates.steer(logits, by_rewards, readings, last)
-        if by_policies:
+        by_candidates = [s for s in steered if s.formula.has_candidates]
+        if by_candidates:
+            self._candidates.steer(logits, by_candidates, readings, last, biased)
+        over_vocabulary = self._read_rewards([s for s in steered if not s.formula.has_candidates], readings, last)
+        if over_vocabulary:
             with self.work.timing("writing_seconds"):
-                steer_vocabulary(logits, by_policies, readings)
+                steer_vocabulary(logits, over_vocabulary, readings, self.models.fail_where, biased)
         self.work.steps += 1
         self.work.rows += len(steered)
 
@@ -203,6 +223,14 @@ class GuidanceRuntime:
         with self.work.timing("policies_seconds"):
             self.models.read(readings, wanted, last)
 
+    def _read_rewards(self, steered: list[Steered], readings: Readings, last: LastTokens) -> list[Steered]:
+        """Reads the rewards of every token, where rows want them; returns the rows that did not fail."""
+        wanted = [(term.model, s.row) for s in steered for term in s.formula.rewards]
+        if wanted:
+            with self.work.timing("rewards_seconds"):
+                self.models.read(readings, wanted, last)
+        return [s for s in steered if s.row.request.error is None]
+
     def _count_savings(self, rows: list[Row], steered: list[Steered], readings: Readings) -> None:
         scored = {s.row.index for s in steered if s.formula.rewards}
         for row in rows:
@@ -212,7 +240,7 @@ class GuidanceRuntime:
                 spared = [self.reward_models[name].tokens_per_step(plan.formula) for name in plan.reward_models]
                 request.saved_reward_model_tokens += sum(spared)
 
-    def _force_end(self, logits: torch.Tensor, rows: list[int]) -> None:
+    def _force_end(self, logits: torch.Tensor, rows: list[int], biased: torch.Tensor) -> None:
         # Never against a grammar: where the end token is masked, the base's own distribution stays.
         if self.eos_token_id is None:
             return
@@ -220,7 +248,7 @@ class GuidanceRuntime:
         chosen = logits[index]
         ended = torch.full_like(chosen, -torch.inf)
         ended[:, self.eos_token_id] = 0.0
-        allowed = chosen[:, self.eos_token_id] > -torch.inf
+        allowed = biased[index, self.eos_token_id] > -torch.inf
         logits.index_copy_(0, index, torch.where(allowed.unsqueeze(-1), ended, chosen))
 
     def _forget_oldest(self) -> None:

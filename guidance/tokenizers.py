@@ -23,11 +23,15 @@ class TokenReader(Protocol):
         ...
 
 
-def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether both give every token the same id and cut text alike."""
+def same_tokenizer(model: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase) -> bool:
+    """Whether a model's tokenizer gives every token of the base's the same id and cuts text alike. Tokens that the
+    model alone has added, a padding token for example, change neither."""
     probe = "Hello, World! 1234 über\n  def f(x): return x"
-    return one.get_vocab() == other.get_vocab() and (
-        one(probe, add_special_tokens=False)["input_ids"] == other(probe, add_special_tokens=False)["input_ids"]
+    known, needed = model.get_vocab(), base.get_vocab()
+    return (
+        known.keys() - needed.keys() <= model.get_added_vocab().keys()
+        and all(known.get(token) == number for token, number in needed.items())
+        and model(probe, add_special_tokens=False)["input_ids"] == base(probe, add_special_tokens=False)["input_ids"]
     )
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from steersman.guidance.plan import Formula, Transform
 from steersman.guidance.transfer import to_device
+from steersman.guidance.work import Failure
 from steersman.kernels.arguments import RewardTerms
 
 
@@ -35,7 +36,8 @@ class Combination:
         return RewardTerms(strength, scale, shift, squashed.squeeze(-1).int())
 
     def combine(self, rewards: torch.Tensor) -> torch.Tensor:
-        """β Σ_m w_m T_m(r_m) for rewards [rows, terms, k] float32; returns [rows, k]. NaN in, NaN out."""
+        """β Σ_m w_m T_m(r_m) up to a constant for rewards [rows, terms, k] float32; returns [rows, k]. NaN in, NaN
+        out."""
         values = rewards
         if not self.plain:
             values = self.scale * rewards + self.shift
@@ -61,8 +63,31 @@ def build_combination(formulas: Sequence[Formula], device: torch.device) -> Comb
     return Combination(
         strength=stack([[formula.beta * term.weight for term in formula.rewards] for formula in formulas]),
         scale=stack([[term.scale for term in row] for row in terms]),
-        shift=stack([[term.shift for term in row] for row in terms]),
+        # The same for every candidate, so it cancels, and a large one would only take float32's precision away.
+        shift=stack([[0.0 if t.transform is Transform.AFFINE else t.shift for t in row] for row in terms]),
         log_sigmoid=stack(is_log_sigmoid, torch.bool) if any(map(any, is_log_sigmoid)) else None,
         present=stack([[True] * len(row) for row in terms], torch.bool) if ragged else None,
-        plain=all(t.scale == 1 and t.shift == 0 and t.transform is Transform.AFFINE for row in terms for t in row),
+        plain=all(t.scale == 1 and t.transform is Transform.AFFINE for row in terms for t in row),
     )
+
+
+def explain_broken(formula: Formula, values: torch.Tensor, rewards: torch.Tensor) -> Failure:
+    """Why a row with the logits `values` [k] of its support and `rewards` [terms, k] has no scores."""
+    there = ~values.isneginf()
+    if not there.any():
+        policies = ", ".join(repr(term.policy) for term in formula.policies)
+        reason = (
+            f"each of the base's best {formula.top_k} tokens has probability 0 under one of the policies {policies}"
+        )
+        return Failure(formula.policies[0].policy if formula.policies else formula.rewards[0].model, "raised", reason)
+    scored = rewards[:, there]
+    names = [term.model for term, own in zip(formula.rewards, scored, strict=False) if not own.isfinite().all()]
+    if names:
+        reason = f"reward model {', '.join(map(repr, names))} returned a reward that is not a finite number"
+        return Failure(names[0], "not_finite", reason)
+    term, largest = max(zip(formula.rewards, scored.abs().amax(dim=1).tolist(), strict=False), key=lambda pair: pair[1])
+    reason = (
+        f"beta {formula.beta:g} times the weighted rewards is too large for float32: reward model {term.model!r} "
+        f"returned {largest:.3g}; lower beta, or the weight or scale of that term"
+    )
+    return Failure(term.model, "not_finite", reason)

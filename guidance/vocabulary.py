@@ -1,6 +1,7 @@
-"""Guidance over the whole vocabulary: policies are blended with the base, and what was done is recorded."""
+"""Guidance over the whole vocabulary: policies are blended with the base, rewards that a model returns for every token
+are added, and what was done is recorded."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -9,15 +10,30 @@ from steersman.guidance.kl_budget import fit_budgets
 from steersman.guidance.plan import Formula
 from steersman.guidance.readings import Readings
 from steersman.guidance.report import VocabularyStep
-from steersman.guidance.rows import Steered
+from steersman.guidance.rows import Row, Steered
 from steersman.guidance.transfer import to_device
+from steersman.guidance.transforms import build_combination, explain_broken
+from steersman.guidance.work import Failure
 from steersman.kernels.arguments import BlendRows
 from steersman.kernels.dispatch import blend_policy, has_kernels
-from steersman.kernels.reference import blend_logits
+from steersman.kernels.reference import add_rewards, blend_logits
+
+_FailWhere = Callable[[Sequence[Row], torch.Tensor, Callable[[int], Failure]], None]
 
 
-def steer_vocabulary(logits: torch.Tensor, steered: Sequence[Steered], readings: Readings) -> None:
-    """Writes Σ c log π of each row up to a constant into `logits` [B, V]; every row's policies have been read."""
+def steer_vocabulary(
+    logits: torch.Tensor,
+    steered: Sequence[Steered],
+    readings: Readings,
+    fail_where: _FailWhere,
+    biased: torch.Tensor | None = None,
+) -> None:
+    """Writes Σ c log π + β Σ w T(r) of each row up to a constant into `logits` [B, V]; every row's policies and rewards
+    have been read.
+
+    fail_where: as Auxiliaries.fail_where. biased: [B, V], -inf where a client has masked a token, as in
+    GuidanceRuntime.step. What is recorded are the models' own distributions, without masks.
+    """
     groups: dict[tuple[str, int], list[Steered]] = {}
     rest = []
     for s in steered:
@@ -27,17 +43,25 @@ def steer_vocabulary(logits: torch.Tensor, steered: Sequence[Steered], readings:
         else:
             rest.append(s)
     for (policy, samples), group in groups.items():
-        _blend_by_kernel(logits, group, readings, policy, samples)
-    if rest:
-        _blend(logits, rest, readings)
+        _blend_by_kernel(logits, group, readings, policy, samples, biased)
+    for with_rewards in (False, True):
+        part = [s for s in rest if bool(s.formula.rewards) is with_rewards]
+        if part:
+            _blend(logits, part, readings, fail_where, biased)
 
 
 def _is_single(steered: Steered) -> bool:
-    return len(steered.formula.policies) == 1 and steered.row.request.plan.kl_budget is None
+    formula = steered.formula
+    return len(formula.policies) == 1 and not formula.rewards and steered.row.request.plan.kl_budget is None
 
 
 def _blend_by_kernel(
-    logits: torch.Tensor, steered: Sequence[Steered], readings: Readings, policy: str, samples: int
+    logits: torch.Tensor,
+    steered: Sequence[Steered],
+    readings: Readings,
+    policy: str,
+    samples: int,
+    biased: torch.Tensor | None,
 ) -> None:
     """One policy a row; the kernel decides on which side of its gate a row is."""
     index = to_device([s.row.index for s in steered], logits.device)
@@ -56,23 +80,72 @@ def _blend_by_kernel(
     guided = logits[index]
     totals = base.logsumexp(dim=-1), guided.logsumexp(dim=-1)
     _record(steered, VocabularyStep(base, guided, *totals, blended.opened.bool()))
+    if biased is not None:
+        shown = guided.masked_fill(biased[index].isneginf(), -torch.inf)
+        logits.index_copy_(0, index, torch.where(_is_possible(shown), shown, base))
 
 
-def _blend(logits: torch.Tensor, steered: Sequence[Steered], readings: Readings) -> None:
+def _blend(
+    logits: torch.Tensor,
+    steered: Sequence[Steered],
+    readings: Readings,
+    fail_where: _FailWhere,
+    biased: torch.Tensor | None,
+) -> None:
     index = find_index(logits, [s.row.index for s in steered])
     base = logits.clone() if index is None else logits[index]
     guided = blend_readings(base, steered, readings)
+    rewards = _gather_rewards(steered, readings, base) if steered[0].formula.rewards else None
+    if rewards is not None:
+        guided = _add_rewards(guided, steered, rewards, fail_where)
     base_total = base.logsumexp(dim=-1)
-    guided, kept = fit_budgets(steered, guided, base - base_total.unsqueeze(-1))
-    guided_total = guided.logsumexp(dim=-1)
+    guided = fit_budgets(steered, guided, base - base_total.unsqueeze(-1))
+    shown = guided
+    if biased is not None:
+        masked = (biased if index is None else biased[index]).isneginf()
+        shown = guided.masked_fill(masked, -torch.inf)
     # Where policy and base have no token in common that a grammar allows, the base decodes.
-    kept = kept & guided_total.isfinite()
-    guided = torch.where(kept.unsqueeze(-1), guided, base)
+    kept = _is_possible(shown)
+    guided, shown = torch.where(kept, guided, base), torch.where(kept, shown, base)
     if index is None:
-        logits.copy_(guided)
+        logits.copy_(shown)
     else:
-        logits.index_copy_(0, index, guided)
-    _record(steered, VocabularyStep(base, guided, base_total, torch.where(kept, guided_total, base_total), kept))
+        logits.index_copy_(0, index, shown)
+    _record(steered, VocabularyStep(base, guided, base_total, guided.logsumexp(dim=-1), kept.squeeze(-1), rewards))
+
+
+def _add_rewards(
+    blended: torch.Tensor, steered: Sequence[Steered], rewards: torch.Tensor, fail_where: _FailWhere
+) -> torch.Tensor:
+    # A token that a reward model does not have is none of the support.
+    values = blended.masked_fill(rewards.isneginf().any(dim=1), -torch.inf)
+    guided = add_rewards(values, build_combination([s.formula for s in steered], values.device).combine(rewards))
+    broken = guided.isnan().any(dim=-1) & (values > -torch.inf).any(dim=-1)
+    fail_where(
+        [s.row for s in steered],
+        broken,
+        lambda line: explain_broken(steered[line].formula, values[line], rewards[line]),
+    )
+    return guided
+
+
+def _gather_rewards(steered: Sequence[Steered], readings: Readings, base: torch.Tensor) -> torch.Tensor:
+    """Rewards [G, terms, V] of every row's terms for every token; 0 where a row has no such term."""
+    groups: dict[tuple[int, str], list[int]] = {}
+    for line, s in enumerate(steered):
+        for number, term in enumerate(s.formula.rewards):
+            groups.setdefault((number, term.model), []).append(line)
+    terms = 1 + max(number for number, _ in groups)
+    rewards = base.new_zeros(len(steered), terms, base.shape[-1])
+    for (number, model), lines in groups.items():
+        values = readings.gather(model, [steered[line].row for line in lines]).to(rewards)
+        rewards[:, number].index_copy_(0, to_device(lines, base.device), values)
+    return rewards
+
+
+def _is_possible(logits: torch.Tensor) -> torch.Tensor:
+    """Whether any token of a row [G, V] has a finite logit, and none is NaN or infinite: [G, 1] bool."""
+    return logits.logsumexp(dim=-1, keepdim=True).isfinite()
 
 
 def _record(steered: Sequence[Steered], step: VocabularyStep) -> None:

@@ -14,26 +14,25 @@ def has_kernels(device: torch.device) -> bool:
 def select_candidates(
     logits: torch.Tensor, k: int, limits: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `reference.select_candidates`; with kernels, the logits of a row are shifted to log-probabilities, and tied
-    candidates are ordered by id."""
+    """As `reference.select_candidates`; with kernels, tied candidates are ordered by id."""
     if not has_kernels(logits.device):
         return reference.select_candidates(logits, k, limits)
     from steersman.kernels.topk import make_workspace, topk_logprobs
 
     rows, vocabulary = logits.shape
-    ids, logprobs, _ = topk_logprobs(logits, k, make_workspace(rows, vocabulary, logits.device))
+    ids, logprobs, totals = topk_logprobs(logits, k, make_workspace(rows, vocabulary, logits.device))
     logprobs = reference.mask_beyond(logprobs, limits)
-    return ids.long(), logprobs, logprobs
+    return ids.long(), logprobs + totals.unsqueeze(-1), logprobs
 
 
 def write_reranked(
-    logits: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor, terms: RewardTerms,
+    logits: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor, base: torch.Tensor, terms: RewardTerms,
     rewards: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """`kernels.rerank.reward_rerank` for rewards that are there already, [B, M, k] float32."""
     from steersman.kernels.rerank import reward_rerank
 
-    return reward_rerank(logits, rows.int(), ids.int(), logprobs, terms, rewards.contiguous())
+    return reward_rerank(logits, rows.int(), ids.int(), base.contiguous(), terms, rewards.contiguous())
 
 
 def blend_policy(logits: torch.Tensor, policy: torch.Tensor, asked: BlendRows, samples: int) -> Blended:

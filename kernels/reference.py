@@ -20,7 +20,7 @@ def reward_rerank(
     logits: torch.Tensor,
     rows: torch.Tensor,
     ids: torch.Tensor,
-    logprobs: torch.Tensor,
+    base: torch.Tensor,
     terms: RewardTerms,
     rewards: torch.Tensor,
 ) -> torch.Tensor:
@@ -29,11 +29,22 @@ def reward_rerank(
     values = torch.where(terms.log_sigmoid.unsqueeze(-1) == 1, F.logsigmoid(values), values)
     strength = terms.strength.unsqueeze(-1)
     bonus = torch.where(strength == 0, 0.0, strength * values).sum(dim=1)
-    masked = logprobs.isneginf()
-    scores = torch.where(masked, logprobs, logprobs + bonus)
-    healthy = (masked | scores.isfinite()).all(dim=-1, keepdim=True)
-    written = healthy.squeeze(-1) & (rows >= 0)
+    scores = add_rewards(base, bonus)
+    written = ~scores.isnan().any(dim=-1) & (rows >= 0)
     write_candidates(logits, rows[written].long(), ids[written].long(), scores[written].to(logits.dtype))
+    return scores
+
+
+def add_rewards(base: torch.Tensor, bonus: torch.Tensor) -> torch.Tensor:
+    """Scores [B, k]: base + bonus up to a constant that keeps each row's log-sum-exp, -inf where base is.
+
+    base: [B, k] log π₀ up to a constant, -inf for a candidate that is masked. bonus: [B, k], β Σ w T(r), anything where
+    a candidate is masked. A row with another score that is not finite, or without any candidate, is NaN.
+    """
+    masked = base.isneginf()
+    scores = torch.where(masked, base, base + bonus)
+    healthy = (masked | scores.isfinite()).all(dim=-1, keepdim=True) & ~masked.all(dim=-1, keepdim=True)
+    scores = scores + (base.logsumexp(dim=-1, keepdim=True) - scores.logsumexp(dim=-1, keepdim=True))
     return torch.where(healthy, scores, torch.nan)
 
 

@@ -19,22 +19,24 @@ def reward_rerank(
     logits: torch.Tensor,
     rows: torch.Tensor,
     ids: torch.Tensor,
-    logprobs: torch.Tensor,
+    base: torch.Tensor,
     terms: RewardTerms,
     rewards: torch.Tensor,
 ) -> torch.Tensor:
     """Writes log π up to a constant into rows of `logits` [N, V], in place: log π₀ + Σ_m strength_m T_m(r_m) at the
-    candidates, -inf elsewhere (PARGS, Algorithm 1).
+    candidates, -inf elsewhere (PARGS, Algorithm 1). The constant keeps the log-sum-exp of each row's candidates, so
+    that nothing downstream depends on where a reward has its zero.
 
-    rows: [B] int32, the row of `logits` of each; below 0 nothing is written. ids: [B, k] int32 and logprobs: [B, k]
-    float32, -inf for a candidate that is masked. rewards: [B, M, k] float32. A row with a score that is not finite, and
-    not that of a masked candidate, is left as it was, and its scores are NaN.
+    rows: [B] int32, the row of `logits` of each; below 0 nothing is written. ids: [B, k] int32 and base: [B, k]
+    float32, log π₀ up to a constant, -inf for a candidate that is masked. rewards: [B, M, k] float32. A row with a
+    score that is not finite, and not that of a masked candidate, or without any candidate, is left as it was, and its
+    scores are NaN.
 
     Returns scores [B, k] float32. Other rows keep their bits.
     """
-    scores = torch.empty_like(logprobs)
+    scores = torch.empty_like(base)
     if len(rows):
-        plan_launch(logits, rows, ids, logprobs, terms, rewards, scores).run()
+        plan_launch(logits, rows, ids, base, terms, rewards, scores).run()
     return scores
 
 
@@ -42,7 +44,7 @@ def plan_launch(
     logits: torch.Tensor,
     rows: torch.Tensor,
     ids: torch.Tensor,
-    logprobs: torch.Tensor,
+    base: torch.Tensor,
     terms: RewardTerms,
     rewards: torch.Tensor,
     scores: torch.Tensor,
@@ -50,7 +52,7 @@ def plan_launch(
     """The launch of `reward_rerank`; raises ValueError for a tensor whose strides the kernel cannot read."""
     require_rows(logits=logits)
     require_contiguous(
-        rows=rows, ids=ids, logprobs=logprobs, rewards=rewards, scores=scores,
+        rows=rows, ids=ids, base=base, rewards=rewards, scores=scores,
         strength=terms.strength, scale=terms.scale, shift=terms.shift, log_sigmoid=terms.log_sigmoid,
     )  # fmt: skip
     batch, k = ids.shape
@@ -59,7 +61,7 @@ def plan_launch(
         (batch, triton.cdiv(logits.shape[1], _PART)),
         dict(
             logits=logits, stride=logits.stride(0), vocabulary=logits.shape[1], rows=rows, ids=ids,
-            logprobs=logprobs, rewards=rewards, scores=scores, strength=terms.strength, scale=terms.scale,
+            base=base, rewards=rewards, scores=scores, strength=terms.strength, scale=terms.scale,
             shift=terms.shift, log_sigmoid=terms.log_sigmoid, k=k, terms=rewards.shape[1],
         ),
         dict(K=max(16, triton.next_power_of_2(k)), PART=_PART),
@@ -72,16 +74,23 @@ def _log_sigmoid(values):
     return tl.minimum(values, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(values)))
 
 
+@triton.jit
+def _log_sum_exp(values):
+    largest = tl.max(values, axis=0)
+    return largest + tl.log(tl.sum(tl.exp(values - largest), axis=0))
+
+
 @triton.jit(do_not_specialize=["k", "terms"])
 def _rerank(
-    logits, stride, vocabulary, rows, ids, logprobs, rewards, scores, strength, scale, shift, log_sigmoid, k, terms,
+    logits, stride, vocabulary, rows, ids, base, rewards, scores, strength, scale, shift, log_sigmoid, k, terms,
     K: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     line, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     candidates = tl.arange(0, K)
     there = candidates < k
     chosen = tl.load(ids + line * k + candidates, mask=there, other=-1)
-    score = tl.load(logprobs + line * k + candidates, mask=there, other=-float("inf"))
+    score = tl.load(base + line * k + candidates, mask=there, other=-float("inf"))
+    before = score
     masked = score == -float("inf")
     for term in range(terms):
         reward = tl.load(rewards + (line * terms + term) * k + candidates, mask=there, other=0.0)
@@ -92,7 +101,9 @@ def _rerank(
         value = tl.where(weight == 0.0, 0.0, weight * value)
         score = tl.where(masked, score, score + value)
     finite = masked | (tl.abs(score) < float("inf"))
-    healthy = tl.min(finite.to(tl.int32), axis=0)
+    healthy = tl.min(finite.to(tl.int32), axis=0) * tl.max((~masked).to(tl.int32), axis=0)
+    shift = _log_sum_exp(tl.where(healthy == 1, before, 0.0)) - _log_sum_exp(tl.where(healthy == 1, score, 0.0))
+    score = tl.where(masked, score, score + shift)
     shown = tl.where(healthy == 1, score, float("nan"))
     if part == 0:
         tl.store(scores + line * k + candidates, shown, mask=there)

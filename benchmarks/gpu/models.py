@@ -46,6 +46,7 @@ METHODS = {
     "candidate scoring": Method("candidates", _pargs("candidates")),
     "vocabulary head": Method("vocabulary", _pargs("vocabulary")),
     "vocabulary head, one stream": Method("vocabulary", _pargs("vocabulary"), beside=False),
+    "vocabulary head, every token": Method("vocabulary", {**_pargs("vocabulary"), "top_k": None}),
     "mixed": Method("policy", {"method": "mixed", "policy": "policy", "mix": 0.5}),
 }
 

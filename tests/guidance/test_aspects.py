@@ -7,9 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from steersman.guidance import reward_loading
+from steersman.guidance.aspects import weigh_outputs
 from steersman.guidance.auxiliary import Prefix
 from steersman.guidance.checkpoints import ModelRefused
 from steersman.guidance.reward_loading import inspect_checkpoint, load_reward_model
@@ -82,6 +89,14 @@ def test_outputs_without_a_weight_each_are_refused(
     (folder / "config.json").write_text(json.dumps(config | {"steersman": config["steersman"] | changes}))
     with pytest.raises(ModelRefused, match=complaint):
         inspect_checkpoint("aspects", str(folder), AutoTokenizer.from_pretrained(models / "base"))
+
+
+def test_outputs_of_a_head_that_is_not_linear_cannot_be_weighed() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    facts = {"aspects": list(WEIGHTS), "weights": list(WEIGHTS.values())}
+    config = RobertaConfig(vocab_size=8, **sizes, num_labels=len(WEIGHTS), steersman=facts)
+    with pytest.raises(ModelRefused, match="RobertaClassificationHead as head; aspects need a linear one"):
+        weigh_outputs(RobertaForSequenceClassification(config))
 
 
 def test_several_outputs_without_the_kind_are_refused(models: Path, folder: Path) -> None:

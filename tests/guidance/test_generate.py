@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_greedy_answers_and_reports_are_the_references_for_padded_prompts(
         batch = prompts[start : start + 25]
         guidance = [random_guidance(rng) if n % 2 else random_policy_guidance(rng) for n, _ in enumerate(batch)]
         ids, mask = _left_padded(batch)
-        processor = GuidanceLogitsProcessor(runtime, guidance, mask, seed=start)
+        processor = GuidanceLogitsProcessor(base, runtime, guidance, mask, seed=start)
         sequences = base.generate(
             ids, attention_mask=mask, max_new_tokens=8, do_sample=False, logits_processor=[processor]
         )
@@ -80,7 +81,7 @@ def test_sampled_tokens_follow_the_exact_distribution_and_no_other(
     draws: list[list[int]] = []
     batch = 2000
     while len(draws) < DRAWS:
-        processor = GuidanceLogitsProcessor(roomy_runtime, guidance, seed=len(draws))
+        processor = GuidanceLogitsProcessor(base, roomy_runtime, guidance, seed=len(draws))
         ids = torch.tensor([prompt]).expand(batch, -1)
         sequences = base.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=True, top_k=0,
@@ -96,18 +97,59 @@ def test_rows_without_guidance_keep_the_bases_scores_bit_for_bit(
     runtime: GuidanceRuntime, base: torch.nn.Module
 ) -> None:
     ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
-    scores = torch.randn(2, 320)
-    processor = GuidanceLogitsProcessor(runtime, [None, {"method": "pargs", "reward_model": "first"}])
+    processor = GuidanceLogitsProcessor(base, runtime, [None, {"method": "pargs", "reward_model": "first"}])
+    with torch.inference_mode():
+        scores = base(ids).logits[:, -1]
     guided = processor(ids, scores)
     assert torch.equal(guided[0], scores[0])
     assert int(guided[1].isfinite().sum()) == 10
     processor.finish(torch.cat((ids, guided.argmax(-1, keepdim=True)), dim=1))
 
 
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        {"method": "pargs", "reward_model": "first", "beta": 2.0},
+        {"method": "mixed", "policy": "expert", "mix": 1.0},
+        {"method": "mixed", "policy": "expert", "mix": 1.5},
+        {"method": "product", "policies": {"base": -1.0, "expert": 2.0}},
+    ],
+    ids=["rewards", "mixed 1", "mixed 1.5", "product"],
+)
+def test_what_processors_in_front_do_to_logits_acts_on_the_guided_ones_once(
+    runtime: GuidanceRuntime, base: torch.nn.Module, rng: random.Random, guidance: dict
+) -> None:
+    ids = torch.tensor(random_prompts(rng, 1, shortest=5))
+
+    def draw(**options: Any) -> int:
+        processor = GuidanceLogitsProcessor(base, runtime, guidance)
+        sequences = base.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, logits_processor=[processor],
+            output_logits=True, output_scores=True, return_dict_in_generate=True, **options,
+        )  # fmt: skip
+        processor.finish(sequences.sequences)
+        scores.append(sequences.scores[0][0])
+        return int(sequences.sequences[0, -1])
+
+    scores: list[torch.Tensor] = []
+    first = draw()
+    assert draw(suppress_tokens=[first]) != first
+    assert draw(bad_words_ids=[[first]]) != first
+    wanted = rng.randrange(4, 300)
+    assert draw(sequence_bias={(wanted,): 100.0}) == wanted
+    draw(sequence_bias={(first,): -1.5})
+    support = (scores[-1] > -torch.inf) & (scores[0] > -torch.inf)
+    expected = scores[0].clone()
+    expected[first] -= 1.5
+    torch.testing.assert_close(
+        scores[-1][support].log_softmax(-1), expected[support].log_softmax(-1), rtol=0, atol=1e-4
+    )
+
+
 def test_beam_search_and_unknown_models_are_refused(runtime: GuidanceRuntime, base: torch.nn.Module) -> None:
     with pytest.raises(GuidanceError, match="no reward model 'third'"):
-        GuidanceLogitsProcessor(runtime, {"method": "pargs", "reward_model": "third"})
-    processor = GuidanceLogitsProcessor(runtime, {"method": "pargs", "reward_model": "first", "beta": 0.3})
+        GuidanceLogitsProcessor(base, runtime, {"method": "pargs", "reward_model": "third"})
+    processor = GuidanceLogitsProcessor(base, runtime, {"method": "pargs", "reward_model": "first", "beta": 0.3})
     ids = torch.tensor([[5, 6, 7, 8]])
     with pytest.raises(ValueError, match="beam search"):
         base.generate(ids, max_new_tokens=20, num_beams=4, do_sample=False, logits_processor=[processor])

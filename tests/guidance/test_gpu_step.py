@@ -24,6 +24,7 @@ from tests.support.tiny import VOCABULARY
 UNWAITED: dict[str, dict[str, Any]] = {
     "rewards": {"method": "pargs", "reward_model": "first", "beta": 1.4, "top_k": 6},
     "a vocabulary head": {"method": "pargs", "reward_model": "every", "beta": 1.1, "top_k": 7},
+    "every token's reward": {"method": "pargs", "reward_model": "every", "beta": 1.1, "top_k": None},
     "two rewards": {"method": "pargs", "rewards": [{"model": "first"}, {"model": "every"}], "top_k": 5},
     "rewards over a mixture": {
         "method": "pargs", "reward_model": "first", "policies": {"base": 0.4, "expert": 0.6}, "top_k": 3,
@@ -143,11 +144,16 @@ def test_the_host_asks_the_device_for_nothing(
     rows, last = decoding.rows(), decoding.last()
     logits = 2 * torch.randn(len(rows), VOCABULARY, device=DEVICE)
     before = logits.clone()
+    biased = logits.masked_fill(torch.rand_like(logits) < 0.5, -torch.inf)
+    masked = logits.clone()
     with forbid_host_reads():
-        # Another batch than the step before's, then the whole one.
+        # Another batch than the step before's, then the whole one, then one whose clients mask tokens.
         runtime.step(logits, rows[:2], last)
         runtime.step(logits, rows, last)
+        runtime.step(masked, rows, last, biased)
     assert not torch.equal(logits, before)
+    open_rows = (masked != before).any(dim=-1)
+    assert bool((masked[open_rows][biased[open_rows].isneginf()] == -torch.inf).all())
     reports = decoding.finish()
     assert all(report.error is None and report.tokens == 1 for report in reports)
 

@@ -28,7 +28,6 @@ def test_a_position_that_takes_less_than_its_share_keeps_its_distribution(rng: r
     scores = base + torch.randn(6, 40)
     fitted = fit_budget(scores, base, torch.full((6,), 60.0))
     torch.testing.assert_close(fitted.scores.softmax(-1), scores.softmax(-1))
-    assert bool(fitted.fits.all())
 
 
 def test_a_position_that_would_take_more_is_weakened_to_its_share(rng: random.Random) -> None:
@@ -43,23 +42,25 @@ def test_a_position_that_would_take_more_is_weakened_to_its_share(rng: random.Ra
     torch.testing.assert_close(kl, fitted.kl.double(), rtol=1e-3, atol=1e-5)
     # On the geometric path: log π_s − log π₀ is s times the whole change, up to a constant.
     change, whole = fitted.scores - base, scores - base
-    strength = (change - change.mean(-1, keepdim=True)) / (whole - whole.mean(-1, keepdim=True))
-    torch.testing.assert_close(strength, strength[:, :1].expand(-1, 40), rtol=1e-2, atol=1e-3)
+    change, whole = change - change.mean(-1, keepdim=True), whole - whole.mean(-1, keepdim=True)
+    strength = (change * whole).sum(-1, keepdim=True) / (whole * whole).sum(-1, keepdim=True)
+    torch.testing.assert_close(change, strength * whole, rtol=0, atol=1e-4)
+    assert bool(((strength > 0) & (strength < 1)).all())
 
 
-def test_a_support_that_costs_more_than_the_share_is_left_to_the_base(rng: random.Random) -> None:
+def test_what_the_top_k_leave_out_is_not_counted(rng: random.Random) -> None:
     base = torch.randn(3, 300).log_softmax(-1)
     top = base.topk(2).values
-    fitted = fit_budget(top + torch.randn(3, 2), top, torch.full((3,), 0.05))
-    assert not bool(fitted.fits.any())
-    assert fitted.kl.tolist() == [0.0] * 3
+    fitted = fit_budget(top, top, torch.full((3,), 0.05))
+    torch.testing.assert_close(fitted.scores.softmax(-1), top.softmax(-1))
+    assert fitted.kl.tolist() == pytest.approx([0.0] * 3, abs=1e-6)
 
 
 @pytest.mark.parametrize("budget", [0.3, 2.0, 6.0])
 @pytest.mark.parametrize(
     "guidance",
     [
-        {"method": "pargs", "reward_model": "first", "beta": 2.0, "top_k": 64},
+        {"method": "pargs", "reward_model": "first", "beta": 2.0, "top_k": 10},
         {"method": "mixed", "policy": "expert", "mix": 1.2},
         {"method": "product", "policies": {"base": 1.0, "expert": 1.0}},
     ],
@@ -74,12 +75,12 @@ def test_the_sum_of_the_positions_kl_never_exceeds_it(
     spent, output, free = 0.0, [], []
     for _ in range(30):
         row.output = list(output)
-        # Peaked enough for 64 candidates to hold nearly all of the mass.
         logits = 5 * torch.randn(1, VOCABULARY)
         guided = logits.clone()
         runtime.step(guided, [row])
         free.append(torch.equal(guided, logits))
-        p, q = guided.double().softmax(-1), logits.double().softmax(-1)
+        p = guided.double().softmax(-1)
+        q = torch.where(p > 0, logits.double(), -torch.inf).softmax(-1)
         spent += float((p * (p / q).log()).nan_to_num(0.0).sum())
         assert spent <= budget + 1e-4
         output.append(int(torch.multinomial(guided.softmax(-1), 1)))

@@ -15,7 +15,7 @@ from steersman.guidance.request import parse_guidance
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
 from tests import laws
-from tests.support.oracle import causal_rewards, language_model, plan_of
+from tests.support.oracle import causal_rewards, language_model, plan_of, vocabulary_rewards
 from tests.support.random_input import any_guidance, random_prompts
 from tests.support.tiny import VOCABULARY
 
@@ -32,6 +32,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "product without the base": {"method": "product", "policies": {"expert": 1.2, "other": -0.4}},
     "pargs over a mixed policy": {
         "method": "pargs", "reward_model": "first", "policies": {"base": 0.4, "expert": 0.6}, "beta": 1.2,
+    },
+    "every token's reward": {"method": "pargs", "reward_model": "every", "beta": 1.3, "top_k": None},
+    "every token's reward over a mixed policy": {
+        "method": "pargs", "top_k": None, "beta": 0.8, "policies": {"base": 0.4, "expert": 0.6},
+        "rewards": [{"model": "every", "transform": "log_sigmoid", "reference": 0.2}],
+    },
+    "every token's reward with a budget": {
+        "method": "pargs", "reward_model": "every", "beta": 2.0, "top_k": None, "kl_budget": 0.3,
     },
     "gated pargs": {"method": "pargs", "reward_model": "first", "gate": {"first_tokens": 4, "entropy_above": 0.5}},
     "pargs with a budget": {"method": "pargs", "reward_model": "first", "kl_budget": 12.0},
@@ -83,6 +91,7 @@ def test_batched_equals_single_whatever_the_neighbours_ask_for(runtime: Guidance
 
 def test_the_distribution_is_the_references(runtime: GuidanceRuntime, models: Path, rng: random.Random) -> None:
     rewards = {name: causal_rewards(models / name) for name in ("first", "second")}
+    rewards["every"] = vocabulary_rewards(models / "every")
     policies = {name: language_model(models / name) for name in ("expert", "other")}
 
     def reference(logits: torch.Tensor, prompt: list[int], guidance: dict[str, Any]) -> torch.Tensor:

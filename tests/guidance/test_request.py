@@ -1,8 +1,11 @@
 """What a caller may ask for, and how refusals read."""
 
+import copy
 import math
+import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -70,7 +73,59 @@ def test_a_refusal_names_the_field_and_the_way_out(value: Any, field: str, says:
     assert says in str(refusal.value)
 
 
+def _integers(schema: Any) -> Iterator[dict[str, Any]]:
+    """Every integer in a JSON schema, wherever it stands."""
+    if isinstance(schema, dict) and schema.get("type") == "integer":
+        yield schema
+    children = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
+    for child in children:
+        yield from _integers(child)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_integer_has_limits_that_fit_32_bits(method: str) -> None:
+    for schema in _integers(describe_methods()[method]):
+        assert schema["minimum"] >= 1
+        assert schema["minimum"] < schema["maximum"] < 2**31, schema
+
+
+INTEGERS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "top_k": ({"method": "pargs", "reward_model": "a"}, ("top_k",)),
+    "first_tokens": ({"method": "mixed", "policy": "a", "mix": 1.0, "gate": {}}, ("gate", "first_tokens")),
+    "gate's samples": (
+        {"method": "mixed", "policy": "a", "mix": 1.0, "gate": {"kl_above": 1.0, "estimator": "monte_carlo"}},
+        ("gate", "samples"),
+    ),
+    "samples": (
+        {"method": "kl_threshold", "policy": "a", "threshold": 1.0, "estimator": "monte_carlo"},
+        ("samples",),
+    ),
+    "length": ({"method": "length_control", "policy": "a"}, ("length",)),
+    "n": ({"method": "best_of_n", "reward_model": "a"}, ("n",)),
+    "n of a block": ({"method": "blockwise", "reward_model": "a"}, ("n",)),
+    "block": ({"method": "blockwise", "reward_model": "a", "n": 2}, ("block",)),
+}
+
+
+@pytest.mark.parametrize(("guidance", "path"), INTEGERS.values(), ids=INTEGERS)
+def test_an_integral_float_is_an_integer_and_nothing_else_is(
+    rng: random.Random, guidance: dict[str, Any], path: tuple[str, ...]
+) -> None:
+    def parse(value: Any) -> Any:
+        asked = copy.deepcopy(guidance)
+        (asked["gate"] if path[0] == "gate" else asked)[path[-1]] = value
+        return parse_guidance(asked)
+
+    number = rng.randint(2, 64)
+    assert parse(float(number)) == parse(number)
+    field = ".".join(("guidance", *path))
+    for value in (number + 0.5, True, str(number), [number], 2**70, 1e30):
+        with pytest.raises(GuidanceError) as refusal:
+            parse(value)
+        assert refusal.value.field == field
+
+
 def test_every_method_has_a_schema() -> None:
     schemas = describe_methods()
     assert set(schemas) == set(METHODS)
-    assert schemas["pargs"]["properties"]["top_k"]["maximum"] == 64
+    assert schemas["pargs"]["properties"]["top_k"]["anyOf"][0]["maximum"] == 64

@@ -261,14 +261,14 @@ def test_generate_refuses_such_a_prompt_before_it_decodes_and_never_chooses_such
     prompt = random_prompts(rng, 1, shortest=6)[0]
     for guidance in (FIRST, MIXED):
         spoilt = torch.tensor([prompt, [*prompt[:-2], rng.choice(BEYOND), 7]], device=device)
-        processor = GuidanceLogitsProcessor(runtime, guidance)
+        processor = GuidanceLogitsProcessor(base, runtime, guidance)
         with pytest.raises(
             GuidanceError, match=r"prompt: holds token 32\d, .* reads the ids 0 to 319; leave"
         ) as caught:
             base.generate(spoilt, max_new_tokens=4, do_sample=False, logits_processor=[processor])
         assert caught.value.field == "prompt"
         # The row without guidance may hold it.
-        processor = GuidanceLogitsProcessor(runtime, [guidance, None])
+        processor = GuidanceLogitsProcessor(base, runtime, [guidance, None])
         answers = base.generate(spoilt, max_new_tokens=8, do_sample=False, logits_processor=[processor])
         processor.finish(answers)
         assert int(answers[0].max()) < VOCABULARY

@@ -26,14 +26,15 @@ class Case:
     rewards: torch.Tensor
 
     def exact_scores(self) -> torch.Tensor:
-        """[4, k] float64: log π₀ + Σ strength · T(r), term by term."""
+        """[4, k] float64: log π₀ + Σ strength · T(r), term by term, with the log-sum-exp of log π₀."""
         scores, rewards = self.logprobs.double(), self.rewards.double()
         for m in range(rewards.shape[1]):
             value = self.terms.scale[:, m, None].double() * rewards[:, m] + self.terms.shift[:, m, None].double()
             squashed = -torch.log1p(torch.exp(-value))
             value = torch.where(self.terms.log_sigmoid[:, m, None] == 1, squashed, value)
             scores = scores + self.terms.strength[:, m, None].double() * value
-        return scores
+        scores = scores.masked_fill(self.logprobs.isneginf(), -torch.inf)
+        return scores.log_softmax(-1) + self.logprobs.double().logsumexp(-1, keepdim=True)
 
 
 def _case(vocabulary: int, k: int, terms: int) -> Case:

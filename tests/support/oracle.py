@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -91,6 +92,9 @@ class Oracle:
             return False
         assert report["guided_tokens"] == sum(s.guided for s in steps)
         assert abs(report["kl"] - reference_kl(steps, response)) < 2e-4 * max(1, len(response))
+        truncation = sum(s.kl_truncation for s in steps if s.guided)
+        assert abs(report["kl_truncation"] - truncation) < 2e-4 * max(1, len(response))
+        assert report["kl_steering"] == pytest.approx(report["kl"] - report["kl_truncation"], abs=1e-6)
         changed = sum(int(s.logprobs.argmax() != s.base_logprobs.argmax()) for s in steps)
         ties = sum(s.margin < NEAR_TIE for s in steps)
         assert abs(report["interventions"] - changed) <= ties
@@ -166,7 +170,8 @@ def vocabulary_rewards(folder: Path) -> Rewards:
     outputs = language_model(folder)
 
     def rewards(texts: list[list[int]]) -> torch.Tensor:
-        return torch.stack([outputs(text[:-1])[text[-1]] for text in texts])
+        after = {prefix: outputs(prefix) for prefix in {tuple(text[:-1]) for text in texts}}
+        return torch.stack([after[tuple(text[:-1])][text[-1]] for text in texts])
 
     return rewards
 

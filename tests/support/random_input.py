@@ -56,7 +56,8 @@ def random_policy_guidance(rng: random.Random) -> dict[str, Any]:
 def any_guidance(rng: random.Random) -> dict[str, Any]:
     """By reward models of either kind or by policies."""
     if rng.random() < 0.15:
-        return {"method": "pargs", "reward_model": "every", "beta": round(rng.uniform(0.2, 2), 3), "top_k": 7}
+        top_k = rng.choice([7, None])
+        return {"method": "pargs", "reward_model": "every", "beta": round(rng.uniform(0.2, 2), 3), "top_k": top_k}
     return random_guidance(rng) if rng.random() < 0.4 else random_policy_guidance(rng)
 
 
