@@ -23,9 +23,9 @@ from steersman.benchmarks.calibration_report import Kind, report
 from steersman.benchmarks.common.results import RESULTS
 from steersman.benchmarks.enumerable import PROMPT, Prefix, World, save_start
 from steersman.training.accuracy import score_ends
+from steersman.training.outputs import token_scores
 from steersman.training.reward import train_reward
 from steersman.training.rewards.arguments import Objective, RewardArguments
-from steersman.training.rewards.causal import token_scores
 from steersman.training.rewards.losses import regression
 
 SEEDS = (0, 1, 2)
@@ -42,9 +42,9 @@ def train(world: World, folder: Path, objective: Objective, seed: int, pairs: in
         lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.0, max_length=32, report_to="none",
         use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
-    arguments = RewardArguments(
-        str(start), str(rows), objective=objective, prefixes="causal", prefixes_per_pair=len(world.cuts)
-    )
+    arguments = RewardArguments(str(start), str(rows), objective=objective)
+    if objective == "partial":
+        arguments.prefixes, arguments.prefixes_per_pair = "causal", len(world.cuts)
     train_reward(arguments, config)
     return out
 

@@ -27,7 +27,7 @@ from steersman.benchmarks.common.rendering import BLUE, GREEN, ORANGE, RED, mark
 from steersman.benchmarks.common.results import RESULTS, write_json
 from steersman.benchmarks.shapes import SHAPES, save_auxiliary, save_base
 from steersman.server.adapters import attach_adapter
-from steersman.server.config import CONFIG_KEY, ServerConfig
+from steersman.server.config import CONFIG_KEY, WORKER_EXTENSION, ServerConfig
 
 GUIDANCE: dict[str, dict[str, Any] | None] = {
     "plain": None,
@@ -147,10 +147,12 @@ def start_engine(
         "enable_prefix_caching": False,
         "gpu_memory_utilization": args.gpu_memory_utilization,
         "additional_config": {CONFIG_KEY: config.dump()},
+        "worker_extension_cls": WORKER_EXTENSION,
     }
     chosen = EngineArgs(**options).create_engine_config()
     attach_adapter(chosen)
     engine = LLM(**options, logits_processors=chosen.model_config.logits_processors)
+    engine.collective_rpc("steersman_prepare")
     vocabulary = SHAPES[args.base].vocabulary
 
     def generate(method: str, sequences: int, tokens: int) -> float:

@@ -5,12 +5,10 @@ Policies of the other seeds are trained first. A seed has prompts of its own, on
 
 import argparse
 import asyncio
-import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from steersman.benchmarks.runs import one_thread
 from steersman.benchmarks.seeds import SEEDS, policy_folder, train_missing
 from steersman.benchmarks.settings import Setting, world_prompts
 from steersman.benchmarks.sweep import Finding, Sweep
+from steersman.processes import process_pool
 
 _PORT = 8033
 
@@ -77,8 +76,7 @@ def main(argv: Sequence[str]) -> int:
 def _read(wanted: Sequence[str], work: Path) -> dict[str, Finding]:
     findings = {}
     if {"implicit", "truncated"} & set(wanted):
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(2, mp_context=context, initializer=one_thread) as pool:
+        with process_pool(2, one_thread) as pool:
             policies = signals.measure_policies(work, pool)
         findings = {"implicit": signals.implicit(policies), "truncated": signals.truncated(policies)}
     if "estimator" in wanted:

@@ -9,9 +9,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from steersman.benchmarks.runs import Pairs, Run, SmallLanguageModel, finish, on
 from steersman.benchmarks.settings import Setting, world_prompts
 from steersman.benchmarks.sweep import BASE
 from steersman.demo import MODELS, WORLD
+from steersman.processes import process_pool
 from steersman.training.world.pairs import read_rows
 from steersman.training.world.quality import measure_implicit_reward, measure_reward
 
@@ -83,7 +82,7 @@ def _run(work: Path, method: Method, seed: int) -> Run:
 def _measure(work: Path) -> dict[str, list[dict[str, float]]]:
     """Method → for each seed, share of the longer response → accuracy against gold order, on the demo's test pairs."""
     jobs = [(work, name, seed) for name in METHODS for seed in SEEDS]
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=one_thread) as pool:
+    with process_pool(2, one_thread) as pool:
         found = list(pool.map(_accuracy, *zip(*jobs, strict=True)))
     seeds = len(SEEDS)
     return {name: found[n * seeds : (n + 1) * seeds] for n, name in enumerate(METHODS)}

@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 import yaml
 
+from steersman.processes import running
+
 _START_LIMIT_S = 60
 
 
@@ -53,15 +55,10 @@ def run_prometheus(target: str, rules: Path) -> Iterator[Prometheus]:
         file = Path(folder) / "prometheus.yaml"
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
         command = [find_program("prometheus"), f"--config.file={file}", f"--storage.tsdb.path={folder}/data"]
-        process = subprocess.Popen(
-            [*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
+        command += [f"--web.listen-address=127.0.0.1:{port}"]
+        with running(command, stdout=log, stderr=subprocess.STDOUT) as process:
             _wait_until_ready(process, f"http://127.0.0.1:{port}", Path(log.name))
             yield Prometheus(f"http://127.0.0.1:{port}")
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
 
 
 def find_program(name: str) -> str:

@@ -3,9 +3,8 @@
 A seed draws other pairs with other label noise, and trains on them in another order.
 """
 
-import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from steersman.demo import MODELS, WORLD
+from steersman.processes import process_pool
 from steersman.training import command
 from steersman.training.world.build import CONFIGS, Folders, build_language_model, build_tokenizer
 from steersman.training.world.language_model import SMALL
@@ -120,16 +120,10 @@ def finish(jobs: Sequence[Job], progress: Progress, what: str) -> None:
     if not missing:
         return
     task = progress.add_task(what, total=len(missing))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(_PROCESSES, mp_context=context, initializer=one_thread) as pool:
-        steps = [pool.submit(job) for job in missing]
-        try:
-            for step in as_completed(steps):
-                step.result()
-                progress.advance(task)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with process_pool(_PROCESSES, one_thread) as pool:
+        for step in as_completed([pool.submit(job) for job in missing]):
+            step.result()
+            progress.advance(task)
 
 
 @contextmanager

@@ -57,10 +57,8 @@ class Stage:
         inside = f"cd {self.workdir} && exec {shlex.join(command)}"
         script = " && ".join([*mounts, f"exec {enter} sh -c {shlex.quote(inside)}"])
         passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-        return subprocess.Popen(
-            ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec", script],
-            env={**self.environment, **passed},
-        )
+        tied = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child"]
+        return subprocess.Popen([*tied, "sh", "-ec", script], env={**self.environment, **passed})
 
 
 def instructions(dockerfile: str) -> list[tuple[str, str]]:

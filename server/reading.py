@@ -4,7 +4,6 @@ Inside a worker that goes on decoding, reading would hold every stream up, for i
 themselves, and could harm it: transformers sets torch's default precision, which all threads share.
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -17,12 +16,12 @@ from typing import Any
 import torch
 
 from steersman.guidance.checkpoints import ModelRefused
+from steersman.processes import end_with_parent
 
 POLICY, REWARD_MODEL = "policy", "reward_model"
 """Kinds of model, as the admin routes call them."""
 
 _REFUSED = 3
-_PARENT_DEATH_SIGNAL = 1
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def read_apart(wanted: Wanted) -> Any:
     file = os.memfd_create(f"steersman-{wanted.name}")
     try:
         code = subprocess.run(
-            [sys.executable, "-m", "steersman.server.reading", str(file), json.dumps(asdict(wanted))],
+            [sys.executable, "-m", "steersman.server.reading", str(os.getpid()), str(file), json.dumps(asdict(wanted))],
             pass_fds=(file,),
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             stdin=subprocess.DEVNULL,
@@ -88,11 +87,11 @@ def read(wanted: Wanted) -> Any:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The process: an inherited file to write to, and a Wanted as JSON."""
+    """The process: the process that waits for it, an inherited file to write to, and a Wanted as JSON."""
     # Whoever decodes goes first, and where nobody waits for the checkpoint nobody reads it.
     os.nice(3)
-    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    file, wanted = int(arguments[0]), Wanted(**json.loads(arguments[1]))
+    end_with_parent(int(arguments[0]), signal.SIGKILL)
+    file, wanted = int(arguments[1]), Wanted(**json.loads(arguments[2]))
     torch.set_num_threads(1)
     try:
         torch.save(read(wanted), _path(file))

@@ -4,12 +4,11 @@ Where there is a GPU it is compiled for it by the path that a launch takes, so t
 kernels in Triton's cache. Elsewhere one launch of each kernel is compiled for Hopper.
 """
 
-import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict
 
 import torch
@@ -17,6 +16,7 @@ import torch
 from steersman.benchmarks.gpu.findings import Findings, describe_error, stage_parser
 from steersman.kernels.launch import Launch
 from steersman.kernels.production import distinct_launches, production_launches
+from steersman.processes import process_pool
 
 _REHEARSED = ("topk scan", "rerank, k = 16", "blend write, exact", "attention, T = 11, d = 64, bf16")
 
@@ -27,9 +27,7 @@ def main(argv: Sequence[str]) -> int:
     findings = Findings(args.out, "compile")
     names = list(_REHEARSED) if args.tiny else list(distinct_launches(production_launches()))
     began, failed, seconds = time.perf_counter(), 0, 0.0
-    # A process that forks after CUDA has been initialised cannot use it.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(14, os.cpu_count() or 1), mp_context=context) as pool:
+    with process_pool(min(14, os.cpu_count() or 1)) as pool:
         work = {pool.submit(compile_named, name): name for name in names}
         for done, future in enumerate(as_completed(work), start=1):
             took, error = future.result()

@@ -9,23 +9,24 @@ kernels in Triton's interpreter: a rehearsal, whose figures mean nothing.
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
 
 from steersman.benchmarks.gpu.report import write_report
+from steersman.processes import running
 
 _LEAST_SECONDS = 8
 """A stage with less is not begun: importing torch takes as long."""
+_STAGE_STOP_S = 2
 _MODULE = "steersman.benchmarks.gpu"
 
 
@@ -132,36 +133,27 @@ def run_stage(stage: Stage, left: float, log: Path) -> Outcome:
     began = time.monotonic()
     with log.open("a") as file:
         file.write(f"=== {stage.name}: {' '.join(stage.command)}\n")
-        process = subprocess.Popen(
-            stage.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-            errors="replace", env={**os.environ, **stage.environment}, start_new_session=True,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "text": True,
+            "errors": "replace", "env": {**os.environ, **stage.environment},
+        }  # fmt: skip
 
-        def copy() -> None:
-            assert process.stdout is not None
-            for line in process.stdout:
+        def copy(lines: Iterable[str]) -> None:
+            for line in lines:
                 print(line, end="", flush=True)
                 file.write(line)
                 file.flush()
 
-        copying = Thread(target=copy, daemon=True)
-        copying.start()
-        try:
-            code = process.wait(seconds)
-            ended = "ok" if code == 0 else f"failed (exit code {code})"
-        except subprocess.TimeoutExpired:
-            ended = "stopped at its time"
-        finally:
-            _end_group(process)
-            copying.join()
+        with running(stage.command, _STAGE_STOP_S, **options) as process:
+            copying = Thread(target=copy, args=(process.stdout,), daemon=True)
+            copying.start()
+            try:
+                code = process.wait(seconds)
+                ended = "ok" if code == 0 else f"failed (exit code {code})"
+            except subprocess.TimeoutExpired:
+                ended = "stopped at its time"
+        copying.join()
     return Outcome(stage.name, ended, round(time.monotonic() - began, 1))
-
-
-def _end_group(process: subprocess.Popen[str]) -> None:
-    """Whatever the stage has left running, in the process group that it began."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 if __name__ == "__main__":

@@ -9,15 +9,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from steersman.benchmarks.gpu.findings import Findings, stage_parser
+from steersman.processes import running
 
 TOOLS = ("memcheck", "racecheck")
 _KERNELS = "regex=^_(scan|finish|rerank|stream|sample|blend|attend|merge)"
 _ERRORS_FOUND = 9
 _SECONDS_EACH = 50
+_STOP_S = 2
 _SUMMARY = re.compile(r"(ERROR SUMMARY: \d+ errors?|RACECHECK SUMMARY: .*)")
 
 
@@ -29,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
     if args.tiny:
         checked.append("--tiny")
     if not torch.cuda.is_available() or shutil.which("compute-sanitizer") is None:
-        code = subprocess.run(checked).returncode
+        with running(checked, _STOP_S) as process:
+            code = process.wait()
         findings.add("tool", name="none", watched=False, exit_code=code)
         return int(code != 0 or torch.cuda.is_available())
     silent = [_run(tool, checked, findings) for tool in TOOLS]
@@ -42,13 +46,13 @@ def _run(tool: str, checked: Sequence[str], findings: Findings) -> bool:
     # Torch's own allocator hands out parts of large blocks, within which no access is out of bounds.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     bounded = ["timeout", "--kill-after=5", str(_SECONDS_EACH), *command, "--kernel-name", _KERNELS, *checked]
-    run = subprocess.run(
-        bounded, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    print(run.stdout, flush=True)
-    summary = _SUMMARY.findall(run.stdout)
-    findings.add("tool", name=tool, watched=True, exit_code=run.returncode, summary=summary[-1] if summary else None)
-    return run.returncode == 0
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with running(bounded, _STOP_S, env=environment, text=True, errors="replace", **streams) as process:
+        output, _ = process.communicate()
+    print(output, flush=True)
+    summary, code = _SUMMARY.findall(output), process.returncode
+    findings.add("tool", name=tool, watched=True, exit_code=code, summary=summary[-1] if summary else None)
+    return code == 0
 
 
 if __name__ == "__main__":

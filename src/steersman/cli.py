@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from steersman.processes import exit_on_signals, leave
 from steersman.server.logs import configure_as_chosen
 
 _COMMANDS = {
@@ -34,7 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in _COMMANDS:
         print(f"steersman: {name!r} is not a command\n{_usage()}", file=sys.stderr)
         return 2
-    return int(importlib.import_module(_COMMANDS[name][0]).main(rest))
+    exit_on_signals()
+    code = int(importlib.import_module(_COMMANDS[name][0]).main(rest))
+    if name == "serve" and argv is None and code == 0:
+        # The engine and its workers have ended, and every connection is closed.
+        leave(code)
+    return code
 
 
 def _usage() -> str:

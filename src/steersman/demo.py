@@ -3,19 +3,21 @@
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 from rich.console import Console
 from rich.table import Table
+
+from steersman.processes import running
+from steersman.server.cpu import SMALL
 
 WORLD = Path(__file__).parent / "training" / "world"
 MODELS = WORLD / "models"
@@ -67,16 +69,7 @@ def demo_flags(port: int) -> list[str]:
 
 def demo_environment() -> dict[str, str]:
     """One thread, which is fastest for models this small, a small cache, nothing looked up elsewhere."""
-    defaults = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "HF_HUB_OFFLINE": "1",
-    }
-    return {**defaults, **os.environ}
+    return {**SMALL, "VLLM_LOGGING_LEVEL": "WARNING", **os.environ}
 
 
 @contextmanager
@@ -86,19 +79,10 @@ def serving(port: int, flags: Sequence[str], console: Console) -> Iterator[tuple
     with tempfile.TemporaryFile() as log:
         command = [sys.executable, "-m", "steersman.cli", "serve", *demo_flags(port), *flags]
         streams: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, env=demo_environment(), start_new_session=True, **streams)
-        try:
+        with running(command, env=demo_environment(), **streams) as process:
             with console.status("starting vLLM with the demo models (about half a minute)"):
                 _wait_until_ready(process, url, log)
             yield process, url
-        finally:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=20)
-            # A server that did not come to its end leaves workers behind.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Any) -> None:

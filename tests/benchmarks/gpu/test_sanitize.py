@@ -7,6 +7,7 @@ import pytest
 
 from steersman.benchmarks.gpu import sanitize
 from steersman.benchmarks.gpu.findings import read_findings
+from steersman.processes import running
 
 _TOOL = """#!/bin/sh
 echo "$@" >> {asked}
@@ -41,7 +42,7 @@ def test_on_a_gpu_without_the_tool_nothing_was_watched_and_that_is_a_failure(
 ) -> None:
     monkeypatch.setattr(sanitize.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sanitize.shutil, "which", lambda _: None)
-    monkeypatch.setattr(sanitize.subprocess, "run", lambda *_, **__: type("Run", (), {"returncode": 0}))
+    monkeypatch.setattr(sanitize, "running", lambda _, stop_limit_s: running(["true"], stop_limit_s))
     assert sanitize.main(["--out", str(tmp_path / "findings.jsonl")]) == 1
     [found] = read_findings(tmp_path / "findings.jsonl")
     assert not found["watched"]
