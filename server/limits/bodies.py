@@ -1,6 +1,7 @@
 """Request bodies: bounded while they arrive, and looked at before any route reads them."""
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steersman.server.limits.json_body import MalformedBody, check_json
@@ -21,7 +22,10 @@ class Bodies:
             return
         headers = Headers(scope=scope)
         announced = headers.get("content-length", "")
-        body = None if announced.isdecimal() and int(announced) > self.limit else await self._read(receive)
+        try:
+            body = None if announced.isdecimal() and int(announced) > self.limit else await self._read(receive)
+        except ClientDisconnect:
+            return
         if body is None:
             await self._too_large()(scope, receive, send)
             return
@@ -35,11 +39,13 @@ class Bodies:
         await self.app(scope, _replay(body, receive), send)
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body; None for one that is too large. What has come of it when the client leaves is the body."""
+        """The whole body; None for one that is too large. Raises ClientDisconnect when the client leaves before."""
         pieces: list[bytes] = []
         size, more = 0, True
         while more:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
             pieces.append(message.get("body", b""))
             size += len(pieces[-1])
             more = message.get("more_body", False)

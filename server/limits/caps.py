@@ -27,7 +27,7 @@ class Caps:
     def check_guidance(self, guidance: Guidance) -> None:
         """Raises GuidanceError."""
         for field, value, flag, most in (
-            ("guidance.top_k", getattr(guidance, "top_k", 0), "--max-top-k", self.top_k),
+            ("guidance.top_k", getattr(guidance, "top_k", 0) or 0, "--max-top-k", self.top_k),
             ("guidance.samples", _samples(guidance), "--max-samples", self.samples),
             ("guidance.gate.samples", _samples(getattr(guidance, "gate", None)), "--max-samples", self.samples),
             ("guidance.n", getattr(guidance, "n", 0), "--max-n", self.n),

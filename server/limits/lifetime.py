@@ -4,12 +4,12 @@ import asyncio
 import json
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steersman.server.limits.refusals import error_body, refuse
-from steersman.server.metrics.requests import Fault, count_error
+from steersman.server.metrics.requests import begin_exchange, count_cut_off, count_refusal
 
 RETRY_AFTER_S = 5
 """A balancer has taken a server that drains out of its turn by then."""
@@ -25,8 +25,8 @@ class _Verdict:
 
     status: int
     message: str
-    fault: Fault | None
-    """Under which it is counted, if it is."""
+    fault: Literal["timeout", "shutting_down"]
+    """Under which it is counted."""
 
 
 class Lifetimes:
@@ -52,7 +52,7 @@ class Lifetimes:
         elif scope["type"] == "websocket":
             await self.app(scope, receive, send)
         else:
-            await self._run(_Exchange(receive, send), scope)
+            await self._run(_Exchange(scope, receive, send), scope)
 
     async def drain(self, limit_s: float) -> None:
         """Lets no request in any more, waits until those in flight have ended, and ends them after `limit_s`."""
@@ -60,7 +60,7 @@ class Lifetimes:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), limit_s)
         for exchange in tuple(self._running):
-            exchange.end(_Verdict(503, "the server is stopping and could not finish this request", None))
+            exchange.end(_Verdict(503, "the server is stopping and could not finish this request", "shutting_down"))
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), _GRACE_S + _LAST_WORD_S)
 
@@ -96,8 +96,11 @@ class Lifetimes:
 class _Exchange:
     """One request and its response, which can be ended from outside."""
 
-    def __init__(self, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._receive, self._send = receive, send
+        self._method = scope.get("method")
+        self._record = begin_exchange()
+        self._sending = False
         self.received = False
         self._verdict: _Verdict | None = None
         self._ended = asyncio.Event()
@@ -122,10 +125,19 @@ class _Exchange:
             return
         self._verdict = verdict
         self._ended.set()
-        if verdict.fault is not None:
-            count_error(verdict.fault)
+        self._count(verdict)
         if self._work is not None:
             asyncio.get_running_loop().call_later(_GRACE_S, self._work.cancel)
+
+    def _count(self, verdict: _Verdict) -> None:
+        if not self.received:
+            count_refusal("slow_upload" if verdict.fault == "timeout" else "shutting_down", self._record)
+        elif self._sending:
+            # Its client does not read what it is sent, so that nothing more can be.
+            count_cut_off("not_reading")
+        else:
+            count_cut_off(verdict.fault)
+            self._record.interruption = verdict.fault
 
     async def _receive_until_ended(self) -> Message:
         coming, ended = asyncio.ensure_future(self._receive()), asyncio.ensure_future(self._ended.wait())
@@ -145,8 +157,14 @@ class _Exchange:
             return
         if message["type"] == "http.response.start":
             self._started = True
+            if self._method == "POST" and 400 <= message["status"] < 500:
+                count_refusal("invalid", self._record)
             self._is_stream = any(b"event-stream" in value for _, value in message["headers"])
-        await self._send(message)
+        self._sending = True
+        try:
+            await self._send(message)
+        finally:
+            self._sending = False
         self._complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
     async def _say(self, verdict: _Verdict) -> None:

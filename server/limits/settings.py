@@ -9,6 +9,8 @@ from steersman.guidance.checkpoints import ModelRefused
 from steersman.guidance.request import MAX_SAMPLES, MAX_TOP_K
 from steersman.server.limits.caps import MAX_CHOICES, MAX_RESPONSES, Caps
 
+MAX_HEADER_BYTES = 64 * 1024
+"""Of a request's header that has not come to its end."""
 DRAIN_S = 25
 """Of the 30 s that Kubernetes, by default, leaves between SIGTERM and SIGKILL."""
 _USER_KEY, _ADMIN_KEY = "VLLM_API_KEY", "STEERSMAN_ADMIN_API_KEY"
@@ -78,7 +80,7 @@ def add_limit_flags(parser: argparse.ArgumentParser) -> None:
         default="text",
         help="json: one object a line, from every process. Default: text.",
     )
-    parser.set_defaults(shutdown_timeout=DRAIN_S)
+    parser.set_defaults(shutdown_timeout=DRAIN_S, h11_max_incomplete_event_size=MAX_HEADER_BYTES)
 
 
 def read_limits(args: argparse.Namespace) -> Limits:

@@ -14,6 +14,7 @@ from starlette.routing import Route
 from steersman.server.limits.bodies import Bodies
 from steersman.server.limits.lifetime import Lifetimes
 from tests.server.polling import wait_until
+from tests.support.metrics import growth, read_metrics, total
 from tests.support.server import Server
 
 ENDLESS = {"method": "blockwise", "reward_model": "first", "n": 8, "block": 1}
@@ -41,6 +42,7 @@ def test_guided_requests_and_slow_uploads_end_at_the_time_limit(limited: Server)
                 upload(),
             )
 
+    before = read_metrics(limited)
     whole, stream, head = asyncio.run(run())
     assert whole.status_code == whole.json()["error"]["code"] == 504
     assert "--request-timeout" in whole.json()["error"]["message"]
@@ -51,6 +53,14 @@ def test_guided_requests_and_slow_uploads_end_at_the_time_limit(limited: Server)
     assert head.startswith(b"HTTP/1.1 408 ")
     wait_until(lambda: not any(limited.blocks_in_use().values()), "every block is free")
     wait_until(lambda: _requests_in_engine(limited) == 0, "vLLM has aborted what was cut off")
+    grown = growth(before, read_metrics(limited))
+    for name, labels, count in (
+        ("steersman_requests_total", {"outcome": "failed"}, 2),
+        ("steersman_errors_total", {"reason": "timeout"}, 2),
+        ("steersman_cut_off_requests_total", {"reason": "timeout"}, 2),
+        ("steersman_refusals_total", {"reason": "slow_upload"}, 1),
+    ):
+        assert total(grown, name, **labels) == total(grown, name) == count, name
     assert limited.complete([5, 6, 7], max_tokens=3)["choices"][0]["finish_reason"] == "length"
 
 

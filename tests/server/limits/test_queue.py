@@ -29,6 +29,7 @@ def test_as_many_run_and_wait_as_may_and_the_rest_is_429(limited: Server) -> Non
 
     before = read_metrics(limited)
     steered, unguided = asyncio.run(run())
+    wait_until(lambda: total(read_metrics(limited), "steersman_running_requests") == 0, "no request runs")
     grown = growth(before, read_metrics(limited))
     assert [answer.status_code for answer in unguided] == [200] * plain
     served = [answer for answer in steered if answer.status_code == 200]
@@ -37,6 +38,10 @@ def test_as_many_run_and_wait_as_may_and_the_rest_is_429(limited: Server) -> Non
     assert len(served) >= AT_ONCE + WAITING
     assert refused, "none was one too many"
     assert total(grown, "steersman_turn_seconds_count") == len(served)
+    assert total(grown, "steersman_requests_total", outcome="finished") == len(served)
+    assert total(grown, "steersman_requests_total") == len(served)
+    assert total(grown, "steersman_refusals_total", reason="too_many_requests") == len(refused)
+    assert total(grown, "steersman_refusals_total") == len(refused)
     # Who had to wait did so while another answer of a hundred tokens was decoded.
     assert total(grown, "steersman_turn_seconds_bucket", le="0.01") < len(served)
     for answer in served:
@@ -73,6 +78,44 @@ def test_places_are_given_back_by_clients_that_hang_up(limited: Server, rng: ran
             ]
 
     assert asyncio.run(fill()) == [200] * (AT_ONCE + WAITING)
+
+
+def test_clients_that_go_while_they_wait_for_their_turn_are_counted_as_cancelled(limited: Server) -> None:
+    asked = {"model": "base", "prompt": "the lamp", "max_tokens": 400, "ignore_eos": True, "guidance": GUIDED}
+
+    def shown(name: str) -> float:
+        return total(read_metrics(limited), name)
+
+    async def until(name: str, value: float) -> None:
+        await asyncio.to_thread(wait_until, lambda: shown(name) == value, f"{name} is {value}")
+
+    async def leave(requests: list[asyncio.Task[httpx.Response]]) -> None:
+        for request in requests:
+            request.cancel()
+        await asyncio.wait(requests)
+
+    async def run() -> None:
+        async with httpx.AsyncClient(base_url=limited.url, headers=limited.headers, timeout=300) as client:
+
+            def ask(stream: bool) -> asyncio.Task[httpx.Response]:
+                return asyncio.ensure_future(client.post("/v1/completions", json={**asked, "stream": stream}))
+
+            running = [ask(False) for _ in range(AT_ONCE)]
+            await until("steersman_running_requests", AT_ONCE)
+            waiting = [ask(False), ask(True)]
+            await until("steersman_waiting_requests", 2)
+            await leave(waiting)
+            await until("steersman_waiting_requests", 0)
+            await leave(running)
+            await until("steersman_running_requests", 0)
+
+    before = read_metrics(limited)
+    asyncio.run(run())
+    grown = growth(before, read_metrics(limited))
+    assert total(grown, "steersman_requests_total", outcome="cancelled") == AT_ONCE + 2
+    assert total(grown, "steersman_requests_total") == AT_ONCE + 2
+    assert total(grown, "steersman_turn_seconds_count") == AT_ONCE
+    assert total(grown, "steersman_refusals_total") == total(grown, "steersman_errors_total") == 0
 
 
 @pytest.mark.parametrize("room", [0, 3])

@@ -56,6 +56,7 @@ def test_streams_run_to_their_end_and_then_the_server_stops(limited: Server) -> 
             assert last["guidance"]["tokens"] == TOKENS
     assert limited.process.wait(timeout=60) == 0
     log = limited.log.read_text()
-    assert "Traceback" not in log[before:]
+    for fault in ("Traceback", "force killing", "resource_tracker", "leaked"):
+        assert fault not in log[before:], log[before:]
     for key in (KEY, SECOND_KEY, ADMIN_KEY):
         assert key not in log
