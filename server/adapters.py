@@ -1,9 +1,16 @@
-"""Which of the two logits processors fits the model runner that vLLM will use."""
+"""What the adapters for vLLM's two model runners share, and which of them fits."""
 
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+
+from steersman.guidance.transfer import to_device
 
 _V1 = "steersman.server.logits_v1:GuidanceLogitsProcessor"
 _V2 = "steersman.server.logits_v2:GuidanceLogitsProcessor"
+
+NOT_ATTACHED = "guidance is not attached to the model runner: call steersman_prepare on the workers before any request"
 
 
 def attach_adapter(vllm_config: Any) -> None:
@@ -17,3 +24,30 @@ def attach_adapter(vllm_config: Any) -> None:
     model_config.logits_processors = [*others, _V1]
     if getattr(vllm_config, "use_v2_model_runner", False):
         model_config.logits_processors = [*others, _V2]
+
+
+def changes_logits(params: Any) -> bool:
+    """Whether a request's sampling parameters bias or mask logits before penalties, temperature and the like."""
+    return bool(
+        params.logit_bias
+        or params.allowed_token_ids is not None
+        or params.bad_words
+        or params.min_tokens
+        or params.structured_outputs is not None
+    )
+
+
+def force_tokens(logits: torch.Tensor, rows: Sequence[tuple[int, Sequence[int], int]]) -> None:
+    """Leaves one token possible in some rows of `logits` [rows, V], in place.
+
+    rows: index of each, the tokens of its answer, and how many of them are there already; a row whose answer is
+    complete is left alone.
+    """
+    forced = [(index, tokens[position]) for index, tokens, position in rows if position < len(tokens)]
+    if forced:
+        index, tokens = (
+            to_device([index for index, _ in forced], logits.device),
+            to_device([token for _, token in forced], logits.device),
+        )
+        logits.index_fill_(0, index, -torch.inf)
+        logits[index, tokens] = 0.0

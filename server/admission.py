@@ -23,6 +23,8 @@ class Ticket:
     seed: int | None
     models: list[LoadedModel]
     blocks: dict[str, int]
+    forced: bool = False
+    """Whether a given text is scored, and no answer generated."""
 
     def choice_seed(self, index: int) -> int | None:
         """None where vLLM draws without one."""
@@ -60,7 +62,7 @@ def admit(
         )
     if params.n > 1 and params.seed is None:
         params.seed = random.getrandbits(31)
-    return Ticket(entry["key"], plan.method, params.n, params.seed, models, blocks)
+    return Ticket(entry["key"], plan.method, params.n, params.seed, models, blocks, "forced" in entry)
 
 
 def admit_search(
@@ -70,9 +72,13 @@ def admit_search(
     entry: dict[str, Any],
     prompt: Any,
     params: SamplingParams,
+    tokenizer: Any,
 ) -> Search:
-    """The same for a request whose answer is picked among samples. Raises GuidanceError."""
-    check_search(guidance, params)
+    """The same for a request whose answer is picked among samples. Raises GuidanceError.
+
+    tokenizer: the base model's.
+    """
+    check_search(guidance, params, tokenizer, entry["constraint_field"])
     tokens, model = _prompt_tokens(prompt), registry.reward_models[guidance.reward_model]
     check_ids([model], tokens, "prompt")
     wanted = params.max_tokens or 1
@@ -84,7 +90,7 @@ def admit_search(
             f"one answer of {params.max_tokens} tokens does not fit into the cache of reward model {model.name!r}; "
             "ask for fewer or start the server with a larger --guidance-cache",
         )
-    return Search(guidance, model, list(tokens))
+    return Search(guidance, model, list(tokens), entry.get("source"))
 
 
 def _prompt_tokens(prompt: Any) -> list[int]:

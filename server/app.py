@@ -14,10 +14,12 @@ from starlette.types import Receive, Scope, Send
 
 from steersman.guidance.request import GuidanceError
 from steersman.server.engine import GuidedEngine
-from steersman.server.errors import refuse_unreadable, reject
+from steersman.server.errors import fault_of, refuse_unreadable, reject
 from steersman.server.limits.queue import Place, TooManyRequests
+from steersman.server.limits.refusals import refuse
 from steersman.server.metrics.exposition import router as metrics_router
-from steersman.server.presets import preset_of_model
+from steersman.server.metrics.requests import FollowedRequest, follow
+from steersman.server.placement import check_fields, check_outside_body
 from steersman.server.protocol import GuidedChatCompletionRequest, GuidedCompletionRequest
 from steersman.server.scoring import RewardsRequest, score_responses
 from steersman.server.vllm import (
@@ -34,12 +36,31 @@ router = APIRouter()
 
 _GuidedRequest = GuidedCompletionRequest | GuidedChatCompletionRequest
 
+_GUIDED_PATHS = ("/v1/completions", "/v1/chat/completions")
+_TOKEN_PATHS = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
+"""Take a preset's model like any other: tokens do not depend on guidance."""
+_TAKEN = 'Write it as {"model": …, "guidance": {"method": …}}; see GET /v1/guidance.'
+
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {}}},
     400: {"model": ErrorResponse},
     404: {"model": ErrorResponse},
     500: {"model": ErrorResponse},
 }
+
+
+@router.get("/v1/models/{model:path}", responses={404: {"model": ErrorResponse}})
+async def show_model(model: str, raw_request: Request) -> JSONResponse:
+    """One model of `GET /v1/models`: the base, an adapter or a preset."""
+    listed = await raw_request.app.state.openai_serving_models.show_available_models()
+    if not model:
+        return JSONResponse(listed.model_dump())
+    for card in listed.data:
+        if card.id == model:
+            return JSONResponse(card.model_dump())
+    known = ", ".join(card.id for card in listed.data)
+    message = f"model: no model {model!r:.80} is served; GET /v1/models lists: {known}"
+    return refuse(404, message, "model_not_loaded", param="model")
 
 
 @router.get("/v1/guidance")
@@ -59,7 +80,7 @@ async def create_rewards(request: RewardsRequest, raw_request: Request) -> Any:
         return full.response()
     try:
         await place.turn()
-        return JSONResponse(await score_responses(engine, request))
+        return JSONResponse(await score_responses(engine, raw_request.app.state.openai_serving_chat, request))
     except GuidanceError as error:
         reject(error)
     finally:
@@ -83,7 +104,8 @@ async def create_chat_completion(request: GuidedChatCompletionRequest, raw_reque
 
 
 def attach_routes(app: FastAPI) -> None:
-    """Puts our routes in the place of vLLM's with the same path and method; the others refuse guidance."""
+    """Puts our routes in the place of vLLM's with the same path and method. The others refuse guidance, and all of them
+    what stands in a wrong place."""
     routes = (*router.routes, *metrics_router.routes)
     ours = {(route.path, method) for route in routes if isinstance(route, APIRoute) for method in route.methods}
     app.router.routes[:] = [
@@ -92,12 +114,12 @@ def attach_routes(app: FastAPI) -> None:
         if not (isinstance(route, APIRoute) and any((route.path, method) in ours for method in route.methods))
         and not (isinstance(route, Mount) and (route.path, "GET") in ours)
     ]
-    for route in app.router.routes:
-        if isinstance(route, APIRoute) and "POST" in route.methods:
-            refusal = get_parameterless_sub_dependant(depends=Depends(_refuse_guidance), path=route.path_format)
-            route.dependant.dependencies.insert(0, refusal)
     app.include_router(router)
     app.include_router(metrics_router)
+    for route in app.router.routes:
+        if isinstance(route, APIRoute) and "POST" in route.methods:
+            check = get_parameterless_sub_dependant(depends=Depends(_check_fields), path=route.path_format)
+            route.dependant.dependencies.insert(0, check)
 
 
 def tidy_routes(app: FastAPI) -> None:
@@ -111,23 +133,34 @@ def tidy_routes(app: FastAPI) -> None:
         app.add_exception_handler(error, refuse_unreadable)
 
 
-async def _refuse_guidance(raw_request: Request) -> None:
+async def _check_fields(raw_request: Request) -> None:
     """vLLM passes over fields that it does not know, and an answer without guidance would look like one with it."""
-    content = await raw_request.body()
-    presets = _engine(raw_request).registry.presets
-    if b'"guidance"' not in content and not presets:
-        return
+    path, takes_guidance = raw_request.url.path, raw_request.scope["route"].path in _GUIDED_PATHS
+    way_out = f"{path} takes no guidance; use {' or '.join(_GUIDED_PATHS)}"
+    taken_here = _TAKEN if takes_guidance else f"{way_out}."
     try:
-        body = await raw_request.json()
+        check_outside_body(raw_request.query_params, raw_request.headers, taken_here)
+        body = await _read_json(raw_request)
+        if not isinstance(body, dict):
+            return
+        check_fields(body, taken_here)
+        if takes_guidance:
+            return
+        if body.get("guidance") is not None:
+            raise GuidanceError("guidance", way_out)
+        stands_for = _engine(raw_request).registry.preset_of_model(body.get("model"))
+        if stands_for is not None and path not in _TOKEN_PATHS:
+            plain = body["model"].removesuffix(f":{stands_for}")
+            raise GuidanceError("model", f"{body['model']!r} stands for guidance; {way_out}, or the model {plain!r}")
+    except GuidanceError as error:
+        reject(error)
+
+
+async def _read_json(raw_request: Request) -> Any:
+    try:
+        return await raw_request.json()
     except ValueError:
-        return
-    if not isinstance(body, dict):
-        return
-    way_out = f"{raw_request.url.path} does not know it; use /v1/completions or /v1/chat/completions"
-    if body.get("guidance") is not None:
-        reject(GuidanceError("guidance", way_out))
-    if preset_of_model(body.get("model"), presets) is not None:
-        reject(GuidanceError("model", f"{body['model']!r} stands for guidance, and {way_out}"))
+        return None
 
 
 def _engine(raw_request: Request) -> GuidedEngine:
@@ -148,26 +181,40 @@ async def _answer(create: Callable[..., Awaitable[Any]], request: _GuidedRequest
         place = engine.queue.enter()
     except TooManyRequests as full:
         return full.response()
-    return await _answer_in_turn(place, create, request, raw_request)
+    followed = follow(request.parsed_guidance.method)
+    return await _answer_in_turn(place, followed, create, request, raw_request)
 
 
 async def _answer_in_turn(
-    place: Place, create: Callable[..., Awaitable[Any]], request: _GuidedRequest, raw_request: Request
+    place: Place,
+    followed: FollowedRequest,
+    create: Callable[..., Awaitable[Any]],
+    request: _GuidedRequest,
+    raw_request: Request,
 ) -> Any:
     """A stream waits for its turn behind its headers, and leaves the queue with its last event."""
     response = None
     try:
         if not request.stream:
             await place.turn()
-        response = _respond(await create(request, raw_request), request, raw_request, place)
-        return response
-    except BaseException:
+        answer = await create(request, raw_request)
+        if isinstance(answer, ErrorResponse):
+            followed.answer_error(answer.error.code)
+        if isinstance(answer, AsyncGenerator):
+            response = _stream(answer, place, followed, request, raw_request)
+            return response
+        return _respond(answer, request, raw_request)
+    except BaseException as error:
+        if isinstance(error, Exception):
+            fault = fault_of(error)
+            followed.refuse() if fault is None else followed.fail(fault)
         # The client has gone, or one of several choices failed: nobody will ask for the others' reports.
         _drop_reports(_engine(raw_request), request.guidance_keys)
         raise
     finally:
-        if not isinstance(response, _GuidedStream):
+        if response is None:
             place.leave()
+            followed.end()
 
 
 def _drop_reports(engine: GuidedEngine, keys: list[str]) -> None:
@@ -178,18 +225,34 @@ def _drop_reports(engine: GuidedEngine, keys: list[str]) -> None:
 class _GuidedStream(StreamingResponse):
     """Leaves the queue when it has ended, however it ends: an iterator that was never begun has no end of its own."""
 
-    def __init__(self, place: Place, events: AsyncGenerator[str, None]) -> None:
+    def __init__(self, place: Place, followed: FollowedRequest, events: AsyncGenerator[str, None]) -> None:
         super().__init__(events, media_type="text/event-stream")
-        self._place = place
+        self._place, self._followed = place, followed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._place.leave()
+            self._followed.end()
 
 
-def _respond(answer: Any, request: _GuidedRequest, raw_request: Request, place: Place | None = None) -> Any:
+def _stream(
+    events: AsyncGenerator[str, None],
+    place: Place,
+    followed: FollowedRequest,
+    request: _GuidedRequest,
+    raw_request: Request,
+) -> _GuidedStream:
+    described = _with_reports(events, place, followed, _engine(raw_request), request)
+    return _GuidedStream(place, followed, with_sse_keep_alive(described, _keep_alive_s(raw_request)))
+
+
+def _keep_alive_s(raw_request: Request) -> float:
+    return float(getattr(raw_request.app.state.args, "sse_keep_alive_interval", 0))
+
+
+def _respond(answer: Any, request: _GuidedRequest, raw_request: Request) -> Any:
     engine, keys = _engine(raw_request), request.guidance_keys
     if isinstance(answer, ErrorResponse):
         _drop_reports(engine, keys)
@@ -198,10 +261,8 @@ def _respond(answer: Any, request: _GuidedRequest, raw_request: Request, place: 
         body = answer.model_dump()
         _describe_choices(body, request, [engine.take_reports(key) for key in keys])
         return JSONResponse(body)
-    interval = float(getattr(raw_request.app.state.args, "sse_keep_alive_interval", 0))
-    if place is None:
-        return StreamingResponse(with_sse_keep_alive(answer, interval), media_type="text/event-stream")
-    return _GuidedStream(place, with_sse_keep_alive(_with_reports(answer, place, engine, request), interval))
+    events = with_sse_keep_alive(answer, _keep_alive_s(raw_request))
+    return StreamingResponse(events, media_type="text/event-stream")
 
 
 def _describe_choices(body: dict[str, Any], request: _GuidedRequest, reports: list[dict[int, dict[str, Any]]]) -> None:
@@ -226,19 +287,33 @@ def _add_discarded(body: dict[str, Any], reports: list[dict[int, dict[str, Any]]
 
 
 async def _with_reports(
-    events: AsyncGenerator[str, None], place: Place, engine: GuidedEngine, request: _GuidedRequest
+    events: AsyncGenerator[str, None],
+    place: Place,
+    followed: FollowedRequest,
+    engine: GuidedEngine,
+    request: _GuidedRequest,
 ) -> AsyncGenerator[str, None]:
     """Adds `guidance` to the chunk that carries a choice's finish_reason, and what else a whole body would say."""
     keys, n = request.guidance_keys, request.n or 1
-    by_preset = preset_of_model(request.model, engine.registry.presets) is not None
+    by_preset = engine.registry.preset_of_model(request.model) is not None
     try:
         await place.turn()
         async for event in events:
+            if event.startswith('data: {"error"'):
+                followed.answer_error(_status_of(event))
             last = '"finish_reason":"' in event or '"choices":[]' in event
             yield _describe_chunk(event, engine, request.model, keys, n) if last or by_preset else event
     finally:
         await events.aclose()
         _drop_reports(engine, keys)
+
+
+def _status_of(event: str) -> int:
+    """The code of an error event."""
+    try:
+        return int(json.loads(event.removeprefix("data: "))["error"]["code"])
+    except (ValueError, KeyError, TypeError):
+        return 500
 
 
 def _describe_chunk(event: str, engine: GuidedEngine, model: str | None, keys: list[str], n: int) -> str:

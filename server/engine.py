@@ -7,20 +7,30 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
 
-from steersman.guidance.request import BestOfN, Blockwise, GuidanceError, parse_guidance
+from steersman.guidance.plan import compile_plan
+from steersman.guidance.request import BestOfN, Blockwise, GuidanceError, SteeredGuidance, parse_guidance
+from steersman.server import teacher_forcing
 from steersman.server.admission import Ticket, admit, admit_search
 from steersman.server.budget import CacheBudget
-from steersman.server.config import CONFIG_KEY
-from steersman.server.errors import GuidanceFailed, reject
+from steersman.server.config import CONFIG_KEY, GuidanceEntry
+from steersman.server.errors import GuidanceFailed, fault_of, reject
 from steersman.server.limits.queue import GuidedQueue
 from steersman.server.limits.settings import Limits
 from steersman.server.liveness import Workers
-from steersman.server.metrics.requests import begin_counting, count_answer, count_error, following
+from steersman.server.metrics.requests import FollowedRequest, begin_counting, count_answer, followed_request
 from steersman.server.registry import LoadedModel, Registry
 from steersman.server.reports import Finished, ReportCollector
 from steersman.server.search import Search, run_search
 from steersman.server.users import ModelUsers
 from steersman.server.vllm import EngineClient, EngineDeadError, RequestOutput, RequestOutputKind, SamplingParams
+
+TEXT_TOKENS_PER_CALL = 1024
+"""Tokens of text that one call to a worker reads, at least one text: other requests' tokens wait for its end."""
+_Text = tuple[Ticket, dict[str, Any], SamplingParams]
+"""A text whose tokens are forced: its ticket, the prompt in front of it, and how it is decoded."""
+
+_ENGINE_STOP_S = 20
+"""For the engine and its workers to release shared memory and semaphores; what has not ended by then is killed."""
 
 
 class GuidedEngine:
@@ -45,6 +55,11 @@ class GuidedEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
+    @property
+    def errored(self) -> bool:
+        """Whether the engine has failed; one that was told to stop has not."""
+        return not self.stopping and bool(self._engine.errored)
+
     async def check_health(self) -> None:
         """Raises EngineDeadError as soon as a worker has died, before vLLM has given its group up."""
         if self._workers.lost() is not None:
@@ -59,17 +74,33 @@ class GuidedEngine:
         if entry is None:
             return self._engine.generate(prompt, sampling_params, request_id, **kwargs)
         try:
+            if not isinstance(entry, GuidanceEntry):
+                raise GuidanceError(f"vllm_xargs.{CONFIG_KEY}", "is the server's own; guidance stands in `guidance`")
             guidance = parse_guidance(entry["guidance"])
             # A model may have been unloaded since the request came in.
             self.registry.check(guidance)
             if isinstance(guidance, BestOfN | Blockwise):
-                search = admit_search(self.registry, self.budget, guidance, entry, prompt, sampling_params)
-                outputs = self._generate_searched(search, entry["key"], prompt, sampling_params, request_id, kwargs)
+                teacher_forcing.refuse(guidance, sampling_params)
+                search = admit_search(
+                    self.registry, self.budget, guidance, entry, prompt, sampling_params, self.tokenizer
+                )
+                followed = followed_request(guidance.method)
+                followed.add_prompt()
+                outputs = self._generate_searched(
+                    search, followed, entry["key"], prompt, sampling_params, request_id, kwargs
+                )
                 return self._generate_using([search.model], outputs)
             ticket = admit(self.registry, self.budget, entry, prompt, sampling_params)
+            scored = self._admit_text(guidance, entry, prompt, sampling_params)
         except GuidanceError as error:
             reject(error)
-        outputs = self._generate_guided(ticket, prompt, sampling_params, request_id, kwargs)
+        followed = followed_request(ticket.method)
+        followed.add_prompt()
+        if scored is not None:
+            followed.add_prompt()
+            outputs = self._generate_behind_text(ticket, scored, followed, prompt, sampling_params, request_id, kwargs)
+        else:
+            outputs = self._generate_guided(ticket, followed, prompt, sampling_params, request_id, kwargs)
         return self._generate_using(ticket.models, outputs)
 
     def add_model(self, model: LoadedModel) -> None:
@@ -98,7 +129,7 @@ class GuidedEngine:
         if self._engine.output_handler is not None:
             # It would take the end of the engine's process for a failure, and say so.
             self._loop.call_soon_threadsafe(self._engine.output_handler.cancel)
-        self._engine.shutdown(timeout=0)
+        self._engine.shutdown(timeout=_ENGINE_STOP_S)
 
     async def describe(self) -> dict[str, Any]:
         """The body of `GET /v1/guidance`: the registry's facts with the worker's cache use and work so far."""
@@ -112,29 +143,45 @@ class GuidedEngine:
             model["cache_blocks_in_use"] = current.get(model["name"], {}).get("cache_blocks_in_use")
         return body
 
-    async def score(self, model: LoadedModel, prompt: list[int], response: list[int]) -> list[float]:
-        """The model's reward after each token of `response`, once its cache has room for the text."""
+    async def score_prefixes(
+        self, model: LoadedModel, prompt: list[int], response: list[int], source: dict[str, Any] | None = None
+    ) -> list[float]:
+        """The model's reward after each token of `response`, once its cache has room for the text.
+
+        A model that reads text reads all of it again for each token: one call to the worker, during which no request
+        is decoded, scores as many as have TEXT_TOKENS_PER_CALL tokens together.
+        """
         blocks = {model.name: model.blocks_for(len(prompt) + len(response))} if model.cache_blocks else {}
         if self.budget.too_large(blocks) is not None:
             raise GuidanceError("responses", f"are longer than the whole cache of reward model {model.name!r}")
         async with self.budget.reserve(blocks):
-            reply = await self._ask_worker("steersman_score", model.name, prompt, response)
-        return _checked_rewards(model, reply, reply)
+            at_once = _texts_at_once(len(prompt) + len(response)) if model.kind == "text" else len(response)
+            rewards: list[float] = []
+            while (start := len(rewards)) < len(response):
+                part = response[: start + at_once]
+                reply = await self._ask_worker("steersman_score", model.name, prompt, part, start, source)
+                rewards += _checked_rewards(model, reply)
+        return rewards
 
     async def score_answers(
-        self, model: LoadedModel, prompt: list[int], responses: list[list[int]]
+        self, model: LoadedModel, prompt: list[int], responses: list[list[int]], source: dict[str, Any] | None = None
     ) -> tuple[list[float], int]:
         """The model's reward at the end of each response, and the tokens it read; as many at once as fit its cache."""
-        each = model.blocks_for(len(prompt) + max(map(len, responses)))
-        at_once = max(1, self.budget.capacity[model.name] // each) if each else len(responses)
+        longest = len(prompt) + max(map(len, responses))
+        each = model.blocks_for(longest)
+        if each and self.budget.too_large({model.name: each}) is not None:
+            raise GuidanceError("responses", f"are longer than the whole cache of reward model {model.name!r}")
+        at_once = max(1, self.budget.capacity[model.name] // each) if each else _texts_at_once(longest)
         rewards: list[float] = []
         read = 0
         for start in range(0, len(responses), at_once):
             part = responses[start : start + at_once]
             async with self.budget.reserve({model.name: each * len(part)} if each else {}):
-                reply = await self._ask_worker("steersman_score_answers", model.name, prompt, part)
-            rewards += _checked_rewards(model, reply, reply[0])
-            read += reply[1]
+                reply = await self._ask_worker("steersman_score_answers", model.name, prompt, part, source)
+            if not isinstance(reply, dict | str):
+                read += reply[1]
+                reply = reply[0]
+            rewards += _checked_rewards(model, reply)
         return rewards, read
 
     async def _ask_worker(self, method: str, *args: Any) -> Any:
@@ -167,13 +214,14 @@ class GuidedEngine:
     async def _generate_searched(
         self,
         search: Search,
+        request: FollowedRequest,
         key: str,
         prompt: Any,
         params: SamplingParams,
         request_id: str,
         kwargs: dict[str, Any],
     ) -> AsyncGenerator[RequestOutput, None]:
-        with following(search.guidance.method) as followed:
+        with request.following(fault_of) as followed:
             followed.admit()
             async with aclosing(run_search(self, search, prompt, params, request_id, kwargs)) as outputs:
                 async for output, report in outputs:
@@ -195,13 +243,19 @@ class GuidedEngine:
         return self._engine.renderer.tokenizer
 
     async def _generate_guided(
-        self, ticket: Ticket, prompt: Any, params: SamplingParams, request_id: str, kwargs: dict[str, Any]
+        self,
+        ticket: Ticket,
+        request: FollowedRequest,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        kwargs: dict[str, Any],
     ) -> AsyncGenerator[RequestOutput, None]:
         unfinished = set(range(ticket.choices))
         responses: dict[int, list[int]] = defaultdict(list)
-        delta = params.output_kind is RequestOutputKind.DELTA
+        delta, cut_short = params.output_kind is RequestOutputKind.DELTA, False
         try:
-            with following(ticket.method) as followed:
+            with request.following(fault_of) as followed:
                 async with (
                     self.budget.reserve(ticket.blocks),
                     aclosing(self._engine.generate(prompt, params, request_id, **kwargs)) as outputs,
@@ -216,19 +270,57 @@ class GuidedEngine:
                                 responses[choice.index] = list(choice.token_ids)
                             if choice.finish_reason is not None and choice.index in unfinished:
                                 unfinished.discard(choice.index)
+                                cut_short |= choice.finish_reason in ("abort", "error")
                                 # Released before anything is awaited: a client that goes now leaves nothing behind.
                                 report = self._release(ticket, choice.index, responses[choice.index])
                                 finished.append(self._keep_report(ticket, choice.index, report))
                         await asyncio.gather(*finished)
-                        followed.finished = not unfinished
+                        followed.finished = not unfinished and not cut_short
                         yield output
-        except EngineDeadError:
-            count_error("engine")
-            raise
         finally:
             # The request is already aborted in the engine; its caches are given back behind that, in order.
             for index in unfinished:
                 self._in_background(self._forget(ticket, index))
+
+    def _admit_text(
+        self, guidance: SteeredGuidance, entry: dict[str, Any], prompt: Any, params: SamplingParams
+    ) -> _Text | None:
+        """What scores the prompt, where its log-probabilities are asked for. Raises GuidanceError."""
+        if params.prompt_logprobs is None:
+            return None
+        teacher_forcing.check_mode(self._engine.model_config.logprobs_mode)
+        teacher_forcing.check_source(entry)
+        tokens = len(prompt["prompt_token_ids"])
+        start = teacher_forcing.choose_start(compile_plan(guidance), entry.get(teacher_forcing.ANSWER_START), tokens)
+        if start >= tokens:
+            return None
+        text, forced = teacher_forcing.force_text(entry, prompt, start, params)
+        ticket = admit(self.registry, self.budget, forced.extra_args[CONFIG_KEY], text, forced)
+        params.prompt_logprobs = None
+        return ticket, text, forced
+
+    async def _generate_behind_text(
+        self,
+        ticket: Ticket,
+        scored: _Text,
+        followed: FollowedRequest,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        kwargs: dict[str, Any],
+    ) -> AsyncGenerator[RequestOutput, None]:
+        text_ticket, text, forced = scored
+        logprobs = await teacher_forcing.read_logprobs(
+            self._generate_guided(text_ticket, followed, text, forced, f"{request_id}-text", kwargs)
+        )
+        outputs = teacher_forcing.add_logprobs(
+            self._generate_guided(ticket, followed, prompt, params, request_id, kwargs),
+            logprobs,
+            once=params.output_kind is RequestOutputKind.DELTA,
+        )
+        async with aclosing(outputs):
+            async for output in outputs:
+                yield output
 
     def _release(self, ticket: Ticket, index: int, response: list[int]) -> asyncio.Future[dict[str, Any] | None]:
         return self._collector.collect((ticket.key, ticket.choice_seed(index), response))
@@ -239,8 +331,9 @@ class GuidedEngine:
             return
         error = report.pop("error")
         if error is not None:
-            count_error("guidance")
             raise GuidanceFailed(f"guidance failed: {error}")
+        if ticket.forced:
+            return
         count_answer(report)
         self._name_tokens(report)
         self._reports.setdefault(ticket.key, {})[index] = report
@@ -274,8 +367,15 @@ class GuidedEngine:
         task.add_done_callback(self._cleaning.discard)
 
 
-def _checked_rewards(model: LoadedModel, reply: Any, rewards: Any) -> list[float]:
-    if isinstance(reply, str) or not all(map(math.isfinite, rewards)):
+def _texts_at_once(tokens: int) -> int:
+    return max(1, TEXT_TOKENS_PER_CALL // tokens)
+
+
+def _checked_rewards(model: LoadedModel, reply: Any) -> list[float]:
+    """A worker's reply; raises GuidanceError where the text cannot be scored, GuidanceFailed where the model failed."""
+    if isinstance(reply, dict):
+        raise GuidanceError("responses", f"cannot be scored: {reply['unscorable']}")
+    if isinstance(reply, str) or not all(map(math.isfinite, reply)):
         reason = reply if isinstance(reply, str) else "its reward is not a finite number"
         raise GuidanceFailed(f"reward model {model.name!r} could not score the text: {reason}")
-    return list(rewards)
+    return list(reply)

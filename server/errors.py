@@ -8,8 +8,8 @@ from starlette.responses import Response
 
 from steersman.guidance.request import GuidanceError
 from steersman.server.limits.refusals import refuse
-from steersman.server.metrics.requests import count_refusal, reason_of
-from steersman.server.vllm import GenerationError, VLLMValidationError
+from steersman.server.metrics.requests import Fault, count_refusal, reason_of
+from steersman.server.vllm import GenerationError, VLLMValidationError, create_error_response
 
 _RESPONSE_ITEMS = "vllm.entrypoints.openai.responses.utils"
 
@@ -27,6 +27,15 @@ class InvalidGuidance(VLLMValidationError):
 
 class GuidanceFailed(GenerationError):
     """HTTP 500, or an error event in a stream: guidance failed while this one request was decoded."""
+
+
+def fault_of(error: Exception) -> Fault | None:
+    """What an error that ends a guided request is counted as; None where the client is told 4xx."""
+    if isinstance(error, GuidanceFailed):
+        return "guidance"
+    if isinstance(error, GuidanceError):
+        return None
+    return "engine" if create_error_response(error).error.code >= 500 else None
 
 
 async def refuse_unreadable(request: Request, error: Exception) -> Response:

@@ -212,7 +212,7 @@ class ModelLifecycle:
             require_safetensors(folder, f"{kind.replace('_', ' ')} {name!r}", config)
         except ModelRefused as refusal:
             raise _bad("path", str(refusal)) from refusal
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # the last is pathlib's for a link to itself
             raise _bad("path", f"{path!r:.200} cannot be read: {error}") from error
         return folder
 

@@ -20,8 +20,10 @@ from steersman.guidance.request import BestOfN, Blockwise, parse_guidance
 from steersman.guidance.reward_loading import load_reward_model
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
+from steersman.guidance.text_form import Source
 from steersman.server.compilation import compile_sampling_kernels
 from steersman.server.config import CONFIG_KEY, load_config
+from steersman.server.memory import require_cache_room
 from steersman.server.metrics.worker import WorkerMetrics
 from steersman.server.watchdog import Watchdog
 
@@ -52,10 +54,16 @@ class WorkerRuntime(GuidanceRuntime):
     """None on a rank that repeats what another one does, which would be counted twice."""
     watchdog: Watchdog | None = None
 
-    def step(self, logits: torch.Tensor, rows: Sequence[Row], fed: torch.Tensor | None = None) -> None:
+    def step(
+        self,
+        logits: torch.Tensor,
+        rows: Sequence[Row],
+        fed: torch.Tensor | None = None,
+        biased: torch.Tensor | None = None,
+    ) -> None:
         """See GuidanceRuntime.step."""
         with self._turn(), nullcontext() if self.metrics is None else self.metrics.step():
-            super().step(logits, rows, fed)
+            super().step(logits, rows, fed, biased)
 
     def read_ahead(self, rows: Sequence[Row], fed: Callable[[], torch.Tensor]) -> None:
         """See GuidanceRuntime.read_ahead."""
@@ -67,17 +75,24 @@ class WorkerRuntime(GuidanceRuntime):
         with self._turn():
             return super().finish(key, response)
 
-    def score_text(self, name: str, prompt: Sequence[int], response: Sequence[int]) -> list[float]:
+    def score_text(
+        self,
+        name: str,
+        prompt: Sequence[int],
+        response: Sequence[int],
+        start: int = 0,
+        source: Source | None = None,
+    ) -> list[float]:
         """See GuidanceRuntime.score_text."""
         with self._turn():
-            return super().score_text(name, prompt, response)
+            return super().score_text(name, prompt, response, start, source)
 
     def score_answers(
-        self, name: str, prompt: Sequence[int], responses: Sequence[Sequence[int]]
+        self, name: str, prompt: Sequence[int], responses: Sequence[Sequence[int]], source: Source | None = None
     ) -> tuple[list[float], int]:
         """See GuidanceRuntime.score_answers."""
         with self._turn():
-            return super().score_answers(name, prompt, responses)
+            return super().score_answers(name, prompt, responses, source)
 
     def _turn(self) -> AbstractContextManager[None]:
         return nullcontext() if self.watchdog is None else self.watchdog.turn()
@@ -103,8 +118,12 @@ def build_runtime(vllm_config: Any, device: torch.device) -> WorkerRuntime:
     }
     side = make_side_stream(device)
     try:
+        if config.reward_models or config.policies:
+            require_cache_room(config.cache_gib, device)
         rewards = _load(
-            "reward models", config.reward_models, lambda n, path: load_reward_model(n, path, tokenizer, **options)
+            "reward models",
+            config.reward_models,
+            lambda n, path: load_reward_model(n, path, tokenizer, **options, template=config.reward_templates.get(n)),
         )
         policies = _load(
             "policies", config.policies, lambda n, path: load_policy(n, path, model_config.model, tokenizer, **options)
@@ -143,6 +162,10 @@ class Attached:
     plan: Plan
     seed: int
     """Of the Monte Carlo estimates: the request's own, else one of its key."""
+    source: Source | None
+    """What the prompt was made of, where a reward model reads text."""
+    forced: list[int] | None
+    """The answer's tokens, where it is scored and not sampled."""
 
 
 def read_attached(sampling_params: Any) -> Attached | None:
@@ -155,4 +178,10 @@ def read_attached(sampling_params: Any) -> Attached | None:
         return None
     seed = sampling_params.seed
     noise = int(entry["key"][:15], 16) if seed is None else seed
-    return Attached((entry["key"], seed), compile_plan(guidance), noise)
+    source = read_source(entry.get("source"))
+    return Attached((entry["key"], seed), compile_plan(guidance), noise, source, entry.get("forced"))
+
+
+def read_source(sent: Mapping[str, Any] | None) -> Source | None:
+    """What the API process sent of a prompt, as `dataclasses.asdict` writes it."""
+    return None if sent is None else Source(**{**sent, "messages": sent["messages"] and tuple(sent["messages"])})

@@ -1,13 +1,20 @@
-"""Adapter for vLLM's V1 logits processors: keyed by batch row, told of rows added, moved and removed."""
+"""Adapter for vLLM's V1 model runner: keyed by batch row, told of rows added, moved and removed.
 
+Guidance runs in front of the sampler, on the base model's own logits; whatever a client does to logits then acts on the
+guided ones. vLLM's logits-processor interface tells of the batch, and forces the tokens of a text that is only scored.
+"""
+
+from functools import wraps
 from typing import Any
 
 import torch
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+from vllm.v1.sample.ops.bad_words import apply_bad_words
 
 from steersman.guidance.rows import Row
+from steersman.server.adapters import NOT_ATTACHED, changes_logits, force_tokens
 from steersman.server.loading import build_runtime, read_attached
-from steersman.server.partial_prefill import PartialRows
+from steersman.server.partial_prefill import PartialRows, keep_seeded_requests_alive, partial_rows
 
 
 class GuidanceLogitsProcessor(LogitsProcessor):
@@ -15,11 +22,40 @@ class GuidanceLogitsProcessor(LogitsProcessor):
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self.runtime = build_runtime(vllm_config, device)
-        self.partial_rows: PartialRows | None = None
+        self._others = len(vllm_config.model_config.logits_processors or ()) > 1
+        """Whether the operator has added logits processors, which may change the logits of any row."""
+        self._partial_rows: PartialRows | None = None
         self._rows: dict[int, Row] = {}
+        self._forced: dict[Any, list[int]] = {}
+        """By request: the tokens of an answer that is scored and not sampled."""
+        self._changed: set[Any] = set()
+        """Requests whose clients change logits."""
+        self._unmasked: torch.Tensor | None = None
+        """This step's logits before a grammar masks them, where there is one."""
+
+    def attach(self, model_runner: Any) -> None:
+        """Puts guidance between the model and the sampler of the runner."""
+        sampler = model_runner.sampler
+        forward, sample_tokens = sampler.forward, model_runner.sample_tokens
+
+        @wraps(forward)
+        def guide_and_sample(logits: torch.Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+            return forward(self.guide(logits, sampling_metadata), sampling_metadata, *args, **kwargs)
+
+        @wraps(sample_tokens)
+        def keep_unmasked(grammar_output: Any) -> Any:
+            state = model_runner.execute_model_state
+            self._unmasked = None
+            if self._rows and grammar_output is not None and state is not None and state.logits is not None:
+                self._unmasked = state.logits.clone()
+            return sample_tokens(grammar_output)
+
+        sampler.forward, model_runner.sample_tokens = guide_and_sample, keep_unmasked
+        self._partial_rows = partial_rows(model_runner)
+        keep_seeded_requests_alive(model_runner)
 
     def is_argmax_invariant(self) -> bool:
-        """Guidance changes which token is the most likely."""
+        """A forced token is the most likely one."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
@@ -32,24 +68,62 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             self._drop(index)
             attached = read_attached(params)
             if attached is not None:
-                request = self.runtime.start(attached.key, attached.plan, len(prompt or ()), attached.seed)
+                if self._partial_rows is None:
+                    raise RuntimeError(NOT_ATTACHED)
+                request = self.runtime.start(
+                    attached.key, attached.plan, len(prompt or ()), attached.seed, attached.source
+                )
                 self._rows[index] = Row(index, request, prompt or [], output)
+                if attached.forced is not None:
+                    self._forced[attached.key] = attached.forced
+                if self._others or changes_logits(params):
+                    self._changed.add(attached.key)
         for source, target, direction in batch_update.moved:
             self._move(source, target, direction is MoveDirectionality.SWAP)
 
+    def guide(self, logits: torch.Tensor, sampling_metadata: Any) -> torch.Tensor:
+        """Guided logits [rows, V] float32 for the model's own, of any dtype, which a grammar may have masked. Rows that
+        are not guided, and those whose prompt is not read to its end, are the model's."""
+        unmasked, self._unmasked = self._unmasked, None
+        rows = list(self._rows.values())
+        if rows and self._partial_rows is not None and (partial := self._partial_rows()[: len(logits)]).any():
+            rows = [row for row in rows if not partial[row.index]]
+        if not rows:
+            return logits
+        biased = None
+        if any(row.request.key in self._changed for row in rows):
+            biased = self._bias(logits.to(torch.float32, copy=True), sampling_metadata)
+        if unmasked is None:
+            guided = logits.float()
+            self.runtime.step(guided, rows, biased=biased)
+            return guided
+        guided = unmasked.float()
+        self.runtime.step(guided, rows, biased=biased)
+        return guided.masked_fill_(logits.isneginf(), -torch.inf)
+
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Guides in place: [rows, V] float32. Rows whose prompt is not read to its end are left alone."""
-        if self._rows:
-            rows = list(self._rows.values())
-            if self.partial_rows is not None and (partial := self.partial_rows()[: len(logits)]).any():
-                rows = [row for row in rows if not partial[row.index]]
-            if rows:
-                self.runtime.step(logits, rows)
+        """Leaves nothing but the next token in the rows of texts that are only scored: [rows, V] float32, in place."""
+        if self._forced:
+            rows = [row for row in self._rows.values() if row.request.key in self._forced]
+            force_tokens(logits, [(row.index, self._forced[row.request.key], row.position) for row in rows])
+        return logits
+
+    def _bias(self, logits: torch.Tensor, sampling_metadata: Any) -> torch.Tensor:
+        """What the sampler does to logits before penalties, in its order, on a copy of them."""
+        if sampling_metadata.allowed_token_ids_mask is not None:
+            logits.masked_fill_(sampling_metadata.allowed_token_ids_mask, -torch.inf)
+        if sampling_metadata.bad_words_token_ids:
+            apply_bad_words(logits, sampling_metadata.bad_words_token_ids, sampling_metadata.output_token_ids)
+        for processor in sampling_metadata.logitsprocs.non_argmax_invariant:
+            if processor is not self:
+                logits = processor.apply(logits)
         return logits
 
     def _drop(self, index: int) -> None:
         row = self._rows.pop(index, None)
         if row is not None:
+            self._forced.pop(row.request.key, None)
+            self._changed.discard(row.request.key)
             self.runtime.pause(row.request.key, [*row.prompt, *row.output])
 
     def _move(self, source: int, target: int, swap: bool) -> None:

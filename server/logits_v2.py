@@ -1,17 +1,22 @@
-"""Adapter for Model Runner V2's logits processors: keyed by request slot, rows in any order every step.
+"""Adapter for Model Runner V2: keyed by request slot, rows in any order every step.
 
-Where vLLM shards sampling over tensor-parallel ranks, a rank sees, guides and records its own requests only.
+Guidance runs in front of the sampler, on the base model's own logits; whatever a client does to logits then acts on the
+guided ones. vLLM's logits-processor interface tells of the requests, and forces the tokens of a text that is only
+scored. Where vLLM shards sampling over tensor-parallel ranks, a rank sees, guides and records its own requests only.
 """
 
 from dataclasses import dataclass, field
+from functools import wraps
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor, LogitsProcRequestState
 
 from steersman.guidance.rows import GuidedRequest, Row
 from steersman.guidance.transfer import to_device
+from steersman.server.adapters import NOT_ATTACHED, changes_logits, force_tokens
 from steersman.server.loading import build_runtime, read_attached
 
 _UNKNOWN = -1
@@ -27,6 +32,10 @@ class _Slot:
     request: GuidedRequest
     prompt: list[int] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
+    forced: list[int] | None = None
+    """The answer's tokens, where it is scored and not sampled."""
+    changed: bool = False
+    """Whether the client changes logits."""
 
     def known_tokens(self) -> list[int]:
         """Up to the first that the host does not know."""
@@ -46,10 +55,31 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         if vllm_config.speculative_config is not None:
             raise ValueError("guidance does not work with speculative decoding; start without --speculative-config")
         self.runtime = build_runtime(vllm_config, req_states.device)
+        self._others = len(vllm_config.model_config.logits_processors or ()) > 1
+        """Whether the operator has added logits processors, which may change the logits of any row."""
+        self._sampler: Any = None
+        self._unmasked: torch.Tensor | None = None
+        """This step's logits before a grammar masks them, where there is one."""
         self._states = req_states
         self._slots: dict[int, _Slot] = {}
         self._stepped: list[_Slot] = []
         """Guided in the last step; most of them are in the next one."""
+
+    def attach(self, model_runner: Any) -> None:
+        """Puts guidance between the model and the sampler of the runner."""
+        self._sampler = model_runner.sampler
+        _call_before(self._sampler, self.guide)
+        grammars = model_runner.structured_outputs_worker
+        if grammars is None:
+            return
+        apply_grammar = grammars.apply_grammar_bitmask
+
+        @wraps(apply_grammar)
+        def keep_unmasked(logits: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+            self._unmasked = logits.clone() if self._slots else None
+            apply_grammar(logits, *args, **kwargs)
+
+        grammars.apply_grammar_bitmask = keep_unmasked
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """The slot's former request has left for good or is preempted: either way its cache is given back."""
@@ -59,11 +89,14 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         attached = read_attached(sampling_params)
         if attached is None:
             return False
+        if self._sampler is None:
+            raise RuntimeError(NOT_ATTACHED)
         prompt_length = int(self._states.prompt_len.np[req_idx])
-        request = self.runtime.start(attached.key, attached.plan, prompt_length, attached.seed)
+        request = self.runtime.start(attached.key, attached.plan, prompt_length, attached.seed, attached.source)
         self._slots = {slot: held for slot, held in self._slots.items() if held.request.key != attached.key}
-        self._slots[req_idx] = _Slot(req_idx, request)
-        return True
+        changed = self._others or changes_logits(sampling_params)
+        self._slots[req_idx] = _Slot(req_idx, request, forced=attached.forced, changed=changed)
+        return attached.forced is not None
 
     def apply_staged_writes(self) -> None:
         """Called before the base's forward: what does not depend on its logits is begun beside it, for every request
@@ -76,21 +109,60 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             rows.append(Row(place, slot.request, slot.prompt, slot.output))
         self.runtime.read_ahead(rows, lambda: self._last_tokens([slot.index for slot in held]))
 
+    def guide(self, logits: torch.Tensor, batch: Any) -> torch.Tensor:
+        """Guided logits [rows, V] float32 for the model's own, of any dtype, which a grammar may have masked. Rows that
+        are not guided, and those whose prompt is not read to its end, are the model's."""
+        unmasked, self._unmasked = self._unmasked, None
+        lengths = batch.seq_lens_cpu_upper_bound.numpy()
+        held = self._find_guided(batch.idx_mapping_np, lengths)
+        if not held:
+            return logits
+        rows = [self._row(index, slot, int(lengths[index])) for index, slot in held]
+        fed = batch.input_ids[batch.logits_indices]
+        self._learn(held, fed)
+        biased = None
+        if any(slot.changed for _, slot in held):
+            biased = self._bias(logits.to(torch.float32, copy=True), batch)
+        guided = logits.float() if unmasked is None else unmasked.float()
+        self.runtime.step(guided, rows, fed.long(), biased)
+        self._stepped = [slot for _, slot in held]
+        return guided if unmasked is None else guided.masked_fill_(logits.isneginf(), -torch.inf)
+
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
-        """Guides in place: [rows, V] float32; rows whose prompt is not read to its end are left alone."""
+        """Leaves nothing but the next token in the rows of texts that are only scored: [rows, V] float32, in place."""
         lengths = ctx.seq_lens_upper_bound_np
-        guided = [
+        forced = [
+            (index, slot.forced, int(lengths[index]) - slot.request.prompt_length)
+            for index, slot in self._find_guided(ctx.idx_mapping_np, lengths)
+            if slot.forced is not None
+        ]
+        force_tokens(logits, forced)
+        return logits
+
+    def _find_guided(self, slots: np.ndarray, lengths: np.ndarray) -> list[tuple[int, _Slot]]:
+        """Rows of the step, whose slots and lengths [rows] are given, that are guided: each with its slot."""
+        return [
             (index, self._slots[slot])
-            for index, slot in enumerate(ctx.idx_mapping_np.tolist())
+            for index, slot in enumerate(slots.tolist())
             if slot in self._slots
             and lengths[index] >= self._states.prefill_len.np[slot]
             and not self._slots[slot].request.finished
         ]
-        if guided:
-            rows = [self._row(index, slot, int(lengths[index])) for index, slot in guided]
-            self._learn(guided, ctx.input_ids)
-            self.runtime.step(logits, rows, ctx.input_ids.long())
-            self._stepped = [slot for _, slot in guided]
+
+    def _bias(self, logits: torch.Tensor, batch: Any) -> torch.Tensor:
+        """What the sampler does to logits, but for penalties, in its order, on a copy of them."""
+        context = LogitsContext(
+            expanded_idx_mapping=batch.expanded_idx_mapping,
+            idx_mapping=batch.idx_mapping,
+            idx_mapping_np=batch.idx_mapping_np,
+            expanded_local_pos=batch.expanded_local_pos,
+            input_ids=batch.input_ids[batch.logits_indices],
+            pos=batch.positions[batch.logits_indices],
+            seq_lens_upper_bound_np=batch.seq_lens_cpu_upper_bound.numpy(),
+        )
+        for processor in self._sampler.logits_processors:
+            if processor is not self and processor is not self._sampler.penalties_state:
+                logits = processor.apply(logits, context)
         return logits
 
     def _row(self, index: int, held: _Slot, length: int) -> Row:
@@ -116,3 +188,14 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         index = to_device(slots, self._states.device)
         last = self._states.total_len.gpu[index].long() - 1
         return self._states.all_token_ids.gpu[index, last].long()
+
+
+def _call_before(sampler: Any, guide: Any) -> None:
+    """Lets `guide(logits, batch)` replace the logits that a sampler is called with. Its class is extended and not
+    wrapped, for vLLM looks at the class."""
+
+    class Guided(type(sampler)):  # type: ignore[misc]
+        def __call__(self, logits: torch.Tensor, input_batch: Any) -> Any:
+            return super().__call__(guide(logits, input_batch), input_batch)
+
+    sampler.__class__ = Guided

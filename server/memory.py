@@ -34,6 +34,17 @@ def require_room(label: str, device: torch.device, weights: int, cache: int, *, 
             )
 
 
+def require_cache_room(cache_gib: float, device: torch.device) -> None:
+    """Raises ModelRefused where the caches of the models configured at start do not fit into what is free."""
+    free = free_memory(device)
+    if cache_gib * _GIB + HEADROOM > free:
+        most = max(0, free - HEADROOM) / _GIB
+        raise ModelRefused(
+            f"--guidance-cache {cache_gib:g}: {free / _GIB:.2f} GiB of {_name(device)} are free, of which "
+            f"{HEADROOM / _GIB:g} are kept for forwards; give less than {most:.2f}, or free memory for it"
+        )
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that this process can still get."""
     if device.type == "cuda":

@@ -1,7 +1,8 @@
 """Presets: guidance under a name, which clients choose by `"guidance": "NAME"` or as the model `MODEL:NAME`."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,22 @@ def load_presets(
         return {}
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ModelRefused(f"--guidance-presets {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping) or not content:
         raise ModelRefused(f"--guidance-presets {path}: give a mapping of names to guidance objects")
     return {str(name): _parse(path, name, value, loaded_rewards, loaded_policies) for name, value in content.items()}
 
 
-def preset_of_model(model: Any, presets: Collection[str]) -> str | None:
-    """The preset that a model name ends with, as in `MODEL:PRESET`."""
-    if not isinstance(model, str):
-        return None
-    _, separator, name = model.rpartition(":")
-    return name if separator and name in presets else None
+def check_names(presets: Iterable[str], served: Iterable[str], others: Iterable[str]) -> None:
+    """Raises ModelRefused if a preset would be served under a name that a model has already.
+
+    served: names of the base model. others: names of its adapters.
+    """
+    names = {*served, *others}
+    for model, preset in product(served, presets):
+        if f"{model}:{preset}" in names:
+            raise ModelRefused(f"--guidance-presets: a model is served as {model}:{preset} already; rename the preset")
 
 
 def _parse(

@@ -15,6 +15,7 @@ from steersman.guidance.request import (
     policies,
     reward_models,
 )
+from steersman.guidance.text_form import Source
 from steersman.guidance.tokenizers import name_model
 
 
@@ -30,10 +31,27 @@ class LoadedModel:
     objective: str | None = None
     vocabulary: int | None = None
     """Token ids below this number can be read; None where the model reads text."""
+    form: str | None = None
+    """How a model that reads text is given a prompt and an answer: chat, pair or raw."""
+    chats: str | None = None
+    """Which chats such a model takes: "all", "one question" or "none"."""
 
     def blocks_for(self, tokens: int) -> int:
         """Cache blocks that a sequence of `tokens` needs."""
         return -(-tokens // self.block_size) if self.cache_blocks else 0
+
+    def check_source(self, source: Source | None, field: str) -> None:
+        """Raises GuidanceError for a chat that a model without a chat template cannot be given."""
+        if source is None or source.messages is None or self.chats in (None, "all"):
+            return
+        if self.chats == "one question" and source.is_one_question:
+            return
+        takes = "one user message only" if self.chats == "one question" else "no chat"
+        raise GuidanceError(
+            field,
+            f"cannot be written for reward model {self.name!r}, whose tokenizer has no chat template and which takes "
+            f"{takes}; start the server with --reward-template {self.name}=raw, pair or a Jinja file",
+        )
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,8 @@ class Registry:
     reward_models: dict[str, LoadedModel]
     policies: dict[str, LoadedModel] = field(default_factory=dict)
     presets: dict[str, Guidance] = field(default_factory=dict)
+    served: tuple[str, ...] = ()
+    """Names of the base model."""
     sharded: bool = False
     """Whether each tensor-parallel rank samples, and guides, requests of its own."""
 
@@ -83,6 +103,14 @@ class Registry:
                 "cannot be kept by a server that shards sampling, where a preempted answer may go on in a worker that "
                 "does not know what it has spent; leave it out or start without --enable-batch-sharded-sampling",
             )
+        if isinstance(guidance, RewardGuidance) and guidance.top_k is None:
+            for _, name in reward_models(guidance):
+                if self.reward_models[name].kind != "vocabulary":
+                    raise GuidanceError(
+                        "guidance.top_k",
+                        f"null needs reward models of kind vocabulary; {name!r} is of kind "
+                        f"{self.reward_models[name].kind} and reads every candidate: give at most {limits.MAX_TOP_K}",
+                    )
         if isinstance(guidance, RewardGuidance) and guidance.end_token:
             for _, name in reward_models(guidance):
                 if self.reward_models[name].kind == "vocabulary":
@@ -91,6 +119,20 @@ class Registry:
                         f"reward model {name!r} says the reward of every next token without reading it, so it has none "
                         "behind an end token; leave end_token out or use a reward model that reads candidates",
                     )
+
+    @property
+    def preset_models(self) -> dict[str, str]:
+        """The names, MODEL:PRESET, under which presets are served as models, and the preset of each."""
+        return {f"{name}:{preset}": preset for name in self.served for preset in self.presets}
+
+    def preset_of_model(self, model: Any) -> str | None:
+        """The preset that a request's model stands for."""
+        return self.preset_models.get(model) if isinstance(model, str) else None
+
+    def text_models(self, guidance: Guidance) -> list[LoadedModel]:
+        """Reward models of a checked request that read text."""
+        named = [self.reward_models[name] for _, name in reward_models(guidance)]
+        return [model for model in named if model.kind == "text"]
 
     def find_preset(self, name: str) -> Guidance:
         """The guidance that a preset stands for; raises GuidanceError."""
@@ -123,6 +165,8 @@ class Registry:
                 "samples": limits.MAX_SAMPLES,
                 "n": limits.MAX_ANSWERS,
                 "block": limits.MAX_BLOCK,
+                "length": limits.MAX_LENGTH,
+                "first_tokens": limits.MAX_LENGTH,
                 "cache_tokens": {m.name: m.cache_blocks * m.block_size for m in self.models.values() if m.cache_blocks},
             },
         }
@@ -161,11 +205,13 @@ def check_length(
     return room
 
 
-def build_registry(described: Mapping[str, Any], presets: Mapping[str, Guidance]) -> Registry:
-    """A registry from what a worker's runtime says of its models."""
+def build_registry(
+    described: Mapping[str, Any], presets: Mapping[str, Guidance], served: Sequence[str] = ()
+) -> Registry:
+    """A registry from what a worker's runtime says of its models. served: names of the base model."""
     loaded = [map(read_description, described[kind]) for kind in ("reward_models", "policies")]
     rewards, policies = ({model.name: model for model in models} for models in loaded)
-    return Registry(rewards, policies, dict(presets), described["sharded"])
+    return Registry(rewards, policies, dict(presets), tuple(served), described["sharded"])
 
 
 def read_description(described: Mapping[str, Any]) -> LoadedModel:

@@ -1,16 +1,20 @@
 """`POST /v1/rewards`: what a loaded reward model says of finished texts, and of every prefix of them."""
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from steersman.guidance.request import GuidanceError, ModelNotLoaded
+from steersman.guidance.request import WHOLE, GuidanceError, ModelNotLoaded
 from steersman.guidance.tokenizers import check_ids, find_unreadable
 from steersman.server.engine import GuidedEngine
 from steersman.server.limits.caps import MAX_RESPONSES
 from steersman.server.registry import LoadedModel
+from steersman.server.sources import chat_source, completion_source
+from steersman.server.vllm import ChatCompletionRequest, ErrorResponse, OpenAIServingChat
 
 Text = Annotated[str, StringConstraints(strict=True)]
+TokenId = Annotated[int, Field(strict=True), WHOLE]
 
 
 class RewardsRequest(BaseModel):
@@ -19,11 +23,14 @@ class RewardsRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str = Field(description="Name of a loaded reward model.")
-    prompt: Text | list[int] | None = None
+    prompt: Text | list[TokenId] | None = None
     messages: list[dict[str, Any]] | None = None
-    responses: list[Text | list[int]] = Field(min_length=1, max_length=MAX_RESPONSES)
+    responses: list[Text | list[TokenId]] = Field(min_length=1, max_length=MAX_RESPONSES)
     prefixes: bool = Field(False, description="Score every prefix of each response too, token by token.")
-    end_token: bool = Field(True, description="Responses given as text are finished: the end token is appended.")
+    end_token: bool = Field(
+        True, description="Responses given as text are finished: the end token is appended where it is not there yet."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="As in chat completions.")
 
     @model_validator(mode="after")
     def _one_prompt(self) -> "RewardsRequest":
@@ -32,52 +39,79 @@ class RewardsRequest(BaseModel):
         return self
 
 
-async def score_responses(engine: GuidedEngine, request: RewardsRequest) -> dict[str, Any]:
+async def score_responses(engine: GuidedEngine, chat: OpenAIServingChat, request: RewardsRequest) -> dict[str, Any]:
     """The response body: one object per response with its `reward`, and `prefix_rewards` when they were asked for."""
     model = engine.registry.reward_models.get(request.model)
     if model is None:
         known = ", ".join(sorted(engine.registry.reward_models)) or "none"
         raise ModelNotLoaded("model", f"no reward model {request.model!r:.80} is loaded; loaded are: {known}")
     engine.limits.caps.check_responses(len(request.responses))
+    source = _find_source(model, request)
+    prompt = await _prompt_tokens(engine, chat, request)
     with engine.users.using([model]):
-        return await _score_responses(engine, model, request)
+        return await _score_responses(engine, model, request, prompt, source)
 
 
-async def _score_responses(engine: GuidedEngine, model: LoadedModel, request: RewardsRequest) -> dict[str, Any]:
-    tokenizer, vocabulary = engine.renderer.tokenizer, engine.model_config.get_vocab_size()
-    prompt = _prompt_tokens(tokenizer, request)
+async def _score_responses(
+    engine: GuidedEngine, model: LoadedModel, request: RewardsRequest, prompt: list[int], source: dict[str, Any] | None
+) -> dict[str, Any]:
+    vocabulary = engine.model_config.get_vocab_size()
     _check_ids("messages" if request.prompt is None else "prompt", model, prompt, vocabulary)
-    data = []
-    for index, response in enumerate(request.responses):
-        tokens = _response_tokens(tokenizer, response, request.end_token)
+    responses = [_response_tokens(engine.tokenizer, response, request.end_token) for response in request.responses]
+    for index, tokens in enumerate(responses):
         _check_ids(f"responses.{index}", model, tokens, vocabulary)
         _check_length(f"responses.{index}", model, prompt, tokens)
-        rewards = await engine.score(model, prompt, tokens)
-        entry: dict[str, Any] = {"index": index, "reward": rewards[-1], "tokens": len(tokens)}
+    data = []
+    for index, tokens in enumerate(responses):
+        entry: dict[str, Any] = {"index": index, "tokens": len(tokens)}
         if request.prefixes:
-            entry["prefix_rewards"] = rewards
+            entry["prefix_rewards"] = await engine.score_prefixes(model, prompt, tokens, source)
+            entry["reward"] = entry["prefix_rewards"][-1]
+        else:
+            (entry["reward"],), _ = await engine.score_answers(model, prompt, [tokens], source)
         data.append(entry)
     read = sum(entry["tokens"] for entry in data) + len(prompt) * len(data)
     return {"object": "list", "model": model.name, "data": data, "usage": {"total_tokens": read}}
 
 
-def _prompt_tokens(tokenizer: Any, request: RewardsRequest) -> list[int]:
+def _find_source(model: LoadedModel, request: RewardsRequest) -> dict[str, Any] | None:
+    if model.kind != "text":
+        return None
+    if request.messages is None:
+        source = completion_source(request.prompt)
+    else:
+        try:
+            source = chat_source(request.messages)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, GuidanceError):
+                raise
+            raise GuidanceError("messages", f"are not messages of a chat: {error}") from error
+    model.check_source(source, "messages")
+    return None if source is None else asdict(source)
+
+
+async def _prompt_tokens(engine: GuidedEngine, chat: OpenAIServingChat, request: RewardsRequest) -> list[int]:
+    """A chat is rendered by vLLM itself, as for chat completions."""
     if isinstance(request.prompt, list):
         return request.prompt
     if request.prompt is not None:
-        return list(tokenizer.encode(request.prompt))
+        return list(engine.tokenizer.encode(request.prompt))
     try:
-        text = tokenizer.apply_chat_template(request.messages, tokenize=False, add_generation_prompt=True)
+        asked = ChatCompletionRequest(messages=request.messages, chat_template_kwargs=request.chat_template_kwargs)
+        rendered = await chat.online_renderer.render_chat(asked)
     except Exception as error:
         raise GuidanceError("messages", f"do not fit the model's chat template: {error}") from error
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    if isinstance(rendered, ErrorResponse):
+        raise GuidanceError("messages", f"do not fit the model's chat template: {rendered.error.message}")
+    return list(rendered[1][0]["prompt_token_ids"])
 
 
 def _response_tokens(tokenizer: Any, response: str | list[int], end_token: bool) -> list[int]:
     if isinstance(response, list):
         return response
     tokens = list(tokenizer.encode(response, add_special_tokens=False))
-    return [*tokens, tokenizer.eos_token_id] if end_token and tokenizer.eos_token_id is not None else tokens
+    end = tokenizer.eos_token_id
+    return [*tokens, end] if end_token and end is not None and tokens[-1:] != [end] else tokens
 
 
 def _check_ids(field: str, model: LoadedModel, tokens: list[int], vocabulary: int) -> None:

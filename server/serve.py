@@ -2,19 +2,23 @@
 
 import argparse
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+import torch
 import uvloop
 
 from steersman.guidance.checkpoints import ModelRefused, require_safetensors
 from steersman.guidance.request import BASE, Guidance, GuidanceError
-from steersman.server.config import CONFIG_KEY, ServerConfig, parse_named_paths
+from steersman.server.config import CONFIG_KEY, WORKER_EXTENSION, ServerConfig, parse_named_paths, parse_templates
+from steersman.server.cpu import ENGINE_FAILED, choose_cpu_settings
 from steersman.server.limits.settings import Limits, add_limit_flags, read_limits
 from steersman.server.logs import choose_json, hide, leave_out, tell
+from steersman.server.memory import free_memory, require_cache_room
 from steersman.server.metrics.directory import metrics_directory
-from steersman.server.presets import load_presets
+from steersman.server.presets import check_names, load_presets
 
 _SAFETENSORS = "safetensors"
 """How the base model is loaded unless --load-format asks for more: vLLM's own default reads pickles too."""
@@ -31,17 +35,36 @@ def main(argv: Sequence[str]) -> int:
             limits = read_limits(args)
             hide((*limits.api_keys, *limits.admin_keys))
             presets = check_before_start(args, limits)
+            prepare_cpu(args)
             uvloop.run(serve(args, presets, limits))
     except ModelRefused as refusal:
         tell(f"steersman: {refusal}", failed=True)
         return 2
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        tell(f"steersman: the server stopped: {reason}", failed=True)
+        tell(f"steersman: the server stopped: {explain(reason)}", failed=True)
         return 1
     except KeyboardInterrupt:
         return 0
     return 0
+
+
+def prepare_cpu(args: argparse.Namespace) -> None:
+    """Before the engine starts, on a CPU: settles what vLLM would take of the machine."""
+    from steersman.server import vllm
+
+    if vllm.runs_on_cpu():
+        cache_given = args.kv_cache_memory_bytes is not None
+        chosen = choose_cpu_settings(os.environ, free_memory(torch.device("cpu")), cache_given)
+        if chosen is not None:
+            tell(chosen)
+
+
+def explain(reason: str) -> str:
+    """Why the server stopped, with the way out where vLLM's reason names none."""
+    from steersman.server import vllm
+
+    return f"{reason} {ENGINE_FAILED}" if "Engine core init" in reason and vllm.runs_on_cpu() else reason
 
 
 def wants_json(argv: Sequence[str]) -> bool:
@@ -65,6 +88,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=[],
         metavar="NAME=PATH_OR_REPO",
         help="A reward model that requests may name; give the flag once for each.",
+    )
+    group.add_argument(
+        "--reward-template",
+        action="append",
+        default=[],
+        metavar="NAME=raw|pair|FILE",
+        help="How a reward model that is scored from text reads a conversation and the unfinished answer: one text, "
+        "two segments, or a chat template (a Jinja file). By default its tokenizer's own chat template, and pair for "
+        "an encoder without one, which then takes one user message only.",
     )
     group.add_argument(
         "--policy",
@@ -108,10 +140,11 @@ def check_before_start(args: argparse.Namespace, limits: Limits) -> dict[str, Gu
     returns the presets."""
     from steersman.guidance.policies import inspect_policy
     from steersman.guidance.reward_loading import inspect_checkpoint
+    from steersman.server import vllm
     from steersman.server.loading import load_tokenizer
 
-    if args.guidance_cache <= 0:
-        raise ModelRefused(f"--guidance-cache {args.guidance_cache}: give a positive number of GiB")
+    if not 0 < args.guidance_cache < math.inf:
+        raise ModelRefused(f"--guidance-cache {args.guidance_cache:g}: give a positive number of GiB")
     if (args.api_server_count or 1) > 1:
         raise ModelRefused("--api-server-count: guidance is admitted by one API process; leave it at 1")
     if args.data_parallel_size > 1 and not (args.data_parallel_external_lb or args.data_parallel_rank is not None):
@@ -130,17 +163,23 @@ def check_before_start(args: argparse.Namespace, limits: Limits) -> dict[str, Gu
         raise ModelRefused(f"--policy {BASE}: this is the base model's own name among policies; choose another one")
     if both := sorted(set(rewards) & set(policies)):
         raise ModelRefused(f"--policy {both[0]}: a reward model has this name already; names must differ")
-    if args.admin_model_root is not None and not Path(args.admin_model_root).is_dir():
+    if args.admin_model_root is not None and not os.path.isdir(args.admin_model_root):
         raise ModelRefused(f"--admin-model-root {args.admin_model_root}: this is not a folder")
     if args.admin_model_root is not None and not limits.admin_keys:
         raise ModelRefused("--admin-model-root: models are loaded by routes that need --admin-api-key KEY")
     presets = load_presets(args.guidance_presets, rewards, policies)
+    adapters = [adapter.name for adapter in getattr(args, "lora_modules", None) or ()]
+    check_names(presets, vllm.served_names(args), adapters)
     for name, preset in presets.items():
         try:
             limits.caps.check_guidance(preset)
         except GuidanceError as error:
             raise ModelRefused(f"--guidance-presets {args.guidance_presets}: {name}: {error}") from error
-    config = ServerConfig(rewards, policies, args.guidance_cache)
+    templates = parse_templates(args.reward_template, rewards)
+    config = ServerConfig(rewards, policies, args.guidance_cache, templates)
+    if vllm.runs_on_cpu() and (rewards or policies):
+        # A GPU's memory is looked at by the worker: a look from here would take some of it.
+        require_cache_room(args.guidance_cache, torch.device("cpu"))
     if args.load_format == _SAFETENSORS:
         require_safetensors(args.model, "base model")
     try:
@@ -149,14 +188,14 @@ def check_before_start(args: argparse.Namespace, limits: Limits) -> dict[str, Gu
         reason = str(error).strip().split("\n")[0]
         raise ModelRefused(f"base model {args.model}: its tokenizer cannot be read: {reason}") from error
     for name, path in config.reward_models.items():
-        inspect_checkpoint(name, path, tokenizer, args.trust_remote_code)
+        inspect_checkpoint(name, path, tokenizer, args.trust_remote_code, templates.get(name))
     for name, path in policies.items():
         inspect_policy(name, path, args.model, tokenizer, args.trust_remote_code)
     additional = args.additional_config or {}
     if isinstance(additional, str):
         additional = json.loads(additional)
     args.additional_config = {**additional, CONFIG_KEY: config.dump()}
-    args.worker_extension_cls = "steersman.server.worker.GuidanceWorkerExtension"
+    args.worker_extension_cls = WORKER_EXTENSION
     return presets
 
 
@@ -191,7 +230,7 @@ async def serve(args: argparse.Namespace, presets: dict[str, Guidance], limits: 
             for model in (*described[0]["reward_models"], *described[0]["policies"]):
                 if "cache_bytes" in model:
                     tell(describe_memory(model))
-            registry = build_registry(described[0], presets)
+            registry = build_registry(described[0], presets, vllm.served_names(args))
             tasks = await engine.get_supported_tasks()
             app = vllm.build_app(args, tasks, engine.model_config)
             attach_routes(app)

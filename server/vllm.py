@@ -2,6 +2,8 @@
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
+from itertools import product
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,8 +15,10 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import (
     cli_env_setup,
@@ -26,13 +30,19 @@ from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.exceptions import GenerationError, VLLMValidationError
 from vllm.logger import configure_logging_from_args
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.outputs import LogprobsLists
 
 from steersman.server.adapters import attach_adapter
+from steersman.server.limits import headers
+from steersman.server.limits.headers import BoundedHeaders
 
 __all__ = [
     "AsyncEngineArgs",
@@ -42,11 +52,17 @@ __all__ = [
     "CompletionRequest",
     "CompletionResponse",
     "EngineClient",
+    "EngineCoreOutput",
+    "EngineCoreRequest",
     "EngineDeadError",
     "ErrorInfo",
     "ErrorResponse",
+    "FinishReason",
     "FlexibleArgumentParser",
     "GenerationError",
+    "LogprobsLists",
+    "OpenAIServingChat",
+    "OutputProcessor",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
@@ -55,11 +71,14 @@ __all__ = [
     "build_engine",
     "cli_env_setup",
     "configure_logging_from_args",
+    "create_error_response",
     "init_app_state",
     "list_presets",
     "load_aware_call",
     "make_arg_parser",
+    "runs_on_cpu",
     "serve_app",
+    "served_names",
     "setup_server",
     "validate_json_request",
     "validate_parsed_serve_args",
@@ -90,11 +109,23 @@ async def build_engine(engine_args: AsyncEngineArgs) -> AsyncIterator[AsyncLLM]:
         engine.shutdown(timeout=vllm_config.shutdown_timeout)
 
 
+def runs_on_cpu() -> bool:
+    """Whether this is vLLM for a CPU."""
+    return bool(current_platform.is_cpu())
+
+
+def served_names(args: Any) -> list[str]:
+    """Names under which the base model is served."""
+    return list(args.served_model_name or [args.model])
+
+
 def list_presets(state: Any, presets: Iterable[str]) -> None:
-    """Makes every preset a model of its own, MODEL:PRESET, beside the base."""
+    """Makes every preset a model of its own, MODEL:PRESET, beside the base, under each of its names."""
     paths: list[BaseModelPath] = state.openai_serving_models.base_model_paths
-    base = paths[0]
-    paths += [BaseModelPath(name=f"{base.name}:{preset}", model_path=base.model_path) for preset in presets]
+    paths += [
+        BaseModelPath(name=f"{base.name}:{preset}", model_path=base.model_path)
+        for base, preset in product(tuple(paths), tuple(presets))
+    ]
 
 
 async def serve_app(app: FastAPI, sock: Any, args: Any) -> Any:
@@ -113,8 +144,11 @@ async def serve_app(app: FastAPI, sock: Any, args: Any) -> Any:
         ssl_ca_certs=args.ssl_ca_certs,
         ssl_cert_reqs=args.ssl_cert_reqs,
         ssl_ciphers=args.ssl_ciphers,
-        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
-        h11_max_header_count=args.h11_max_header_count,
+        http=partial(
+            BoundedHeaders,
+            max_bytes=args.h11_max_incomplete_event_size,
+            timeout_s=min(args.request_timeout or headers.TIMEOUT_S, headers.TIMEOUT_S),
+        ),
         timeout_graceful_shutdown=_LAST_CONNECTIONS_S,
         **({} if log_config is None else {"log_config": log_config}),
     )

@@ -1,15 +1,20 @@
 """The worker's side door: what the API process asks of the runtime between two steps."""
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeVar
 
+from steersman.guidance.auxiliary import Unscorable
 from steersman.guidance.checkpoints import ModelRefused
+from steersman.guidance.work import Failure
 from steersman.server.background import BackgroundTask, ModelLoad, free_apart
 from steersman.server.liveness import Address, own_address
-from steersman.server.loading import WorkerRuntime
-from steersman.server.partial_prefill import keep_seeded_requests_alive, partial_rows
+from steersman.server.loading import WorkerRuntime, read_source
 from steersman.server.reading import Wanted
 from steersman.server.reports import Finished
+
+_Scored = TypeVar("_Scored", list[float], tuple[list[float], int])
 
 
 class GuidanceWorkerExtension:
@@ -20,12 +25,11 @@ class GuidanceWorkerExtension:
     _steersman_freeing: BackgroundTask | None = None
 
     def steersman_prepare(self) -> Address:
-        """Called once before the first request: ties the adapter to the V1 model runner around it, and says which
-        process this is."""
+        """Called once before the first request: attaches the adapter to the model runner around it. Returns the address
+        of this process."""
         processor = self._steersman_processor()
-        if processor is not None and hasattr(self.model_runner, "input_batch"):
-            processor.partial_rows = partial_rows(self.model_runner)
-            keep_seeded_requests_alive(self.model_runner)
+        if processor is not None:
+            processor.attach(self.model_runner)
         return own_address()
 
     def steersman_describe(self) -> dict[str, Any] | None:
@@ -50,31 +54,25 @@ class GuidanceWorkerExtension:
         runtime.show_metrics()
         return [None if report is None else asdict(report) for report in reports]
 
-    def steersman_score(self, name: str, prompt: list[int], response: list[int]) -> list[float] | str | None:
-        """A reward model's value after each token of `response`, or why it could not be had."""
+    def steersman_score(
+        self, name: str, prompt: list[int], response: list[int], start: int, source: dict[str, Any] | None
+    ) -> list[float] | dict[str, str] | str | None:
+        """A reward model's value after each token of `response` from index `start` on, or why it could not be had;
+        a dictionary where the text itself is why."""
         runtime = self._steersman_runtime()
         if runtime is None:
             return None
-        try:
-            return runtime.score_text(name, prompt, response)
-        except Exception as error:
-            return str(error)
-        finally:
-            runtime.show_metrics()
+        return _scored(runtime, name, lambda: runtime.score_text(name, prompt, response, start, read_source(source)))
 
     def steersman_score_answers(
-        self, name: str, prompt: list[int], responses: list[list[int]]
-    ) -> tuple[list[float], int] | str | None:
-        """A reward model's value at the end of each response and the tokens it read, or why it could not be had."""
+        self, name: str, prompt: list[int], responses: list[list[int]], source: dict[str, Any] | None
+    ) -> tuple[list[float], int] | dict[str, str] | str | None:
+        """A reward model's value at the end of each response and the tokens it read, or why it could not be had;
+        a dictionary where the text itself is why."""
         runtime = self._steersman_runtime()
         if runtime is None:
             return None
-        try:
-            return runtime.score_answers(name, prompt, responses)
-        except Exception as error:
-            return str(error)
-        finally:
-            runtime.show_metrics()
+        return _scored(runtime, name, lambda: runtime.score_answers(name, prompt, responses, read_source(source)))
 
     def steersman_begin_load(self, kind: str, name: str, path: str, cache_bytes: int | None) -> None:
         """Begins to load a model beside the steps; see `steersman_advance_load`."""
@@ -138,3 +136,21 @@ class GuidanceWorkerExtension:
         sampler = getattr(self.model_runner, "sampler", None)
         processors = () if sampler is None else sampler.logits_processors
         return next((p for p in processors if isinstance(p, ProcessorV2)), None)
+
+
+def _scored(runtime: WorkerRuntime, name: str, score: Callable[[], _Scored]) -> _Scored | dict[str, str] | str:
+    """What `score` returns, or why it failed, in a dictionary where the text itself is why; a model that spoils a text
+    is counted as one that spoils an answer."""
+    try:
+        scored = score()
+        rewards = scored[0] if isinstance(scored, tuple) else scored
+        if not all(map(math.isfinite, rewards)):
+            runtime.work.count_failure(Failure(name, "not_finite", "its reward is not a finite number"))
+        return scored
+    except Unscorable as error:
+        return {"unscorable": str(error)}
+    except Exception as error:
+        runtime.work.count_failure(Failure(name, "raised", str(error)))
+        return str(error)
+    finally:
+        runtime.show_metrics()

@@ -46,8 +46,9 @@ _DISTANCE = Row(
     (
         Panel(
             "KL of an answer",
-            "How far is an answer steered from the base, in nats? Far is where rewards are over-optimised.",
-            quantiles("steersman_request_kl_nats", BY_METHOD, "method"),
+            "How far is an answer steered from the base, in nats, not counting what the top k leave out? Far is where "
+            "rewards are over-optimised.",
+            quantiles("steersman_request_kl_steering_nats", BY_METHOD, "method"),
             "none",
         ),
         Panel(
@@ -55,7 +56,12 @@ _DISTANCE = Row(
             "The same as a mean; answers below 0 count as 0.",
             (
                 Query(
-                    ratio("steersman_request_kl_nats_sum", "steersman_request_kl_nats_count", BY_METHOD, "method"),
+                    ratio(
+                        "steersman_request_kl_steering_nats_sum",
+                        "steersman_request_kl_steering_nats_count",
+                        BY_METHOD,
+                        "method",
+                    ),
                     "{{method}}",
                 ),
             ),

@@ -103,12 +103,13 @@ ALERTS = (
     ),
     Alert(
         "SteersmanKLAboveBudget",
-        "histogram_quantile(0.95, sum by (instance, method, le) (rate(steersman_request_kl_nats_bucket[30m])))",
+        "histogram_quantile(0.95, "
+        "sum by (instance, method, le) (rate(steersman_request_kl_steering_nats_bucket[30m])))",
         "> 20",
         "30m",
         "ticket",
-        "One in twenty {{ $labels.method }} answers of {{ $labels.instance }} goes {{ $value | humanize }} nats from "
-        "the base.",
+        "One in twenty {{ $labels.method }} answers of {{ $labels.instance }} is steered {{ $value | humanize }} "
+        "nats from the base.",
         "Lower beta or mix, or set kl_budget; set this rule's limit to what you allow.",
     ),
 )

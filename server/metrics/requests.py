@@ -4,8 +4,10 @@ Labels are bounded: methods, reasons and outcomes are fixed sets, models are tho
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -24,15 +26,20 @@ Refusal = Literal[
     "malformed",
     "too_many_requests",
     "shutting_down",
+    "slow_upload",
+    "invalid",
 ]
-Fault = Literal["guidance", "timeout", "engine"]
+Fault = Literal["guidance", "timeout", "engine", "shutting_down"]
+CutOff = Literal["timeout", "shutting_down", "not_reading"]
 
 _KL_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 200)
 _REWARDS = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 20, 50)
 _REWARD_BUCKETS = (*(-bound for bound in reversed(_REWARDS)), 0, *_REWARDS)
 _SECONDS = (0.001, 0.01, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
-REQUESTS = Counter("steersman_requests_total", "Guided requests that have ended.", ("method", "outcome"))
+REQUESTS = Counter(
+    "steersman_requests_total", "Guided requests that were let in and have ended.", ("method", "outcome")
+)
 ANSWERS = Counter("steersman_answers_total", "Guided choices that have ended.", ("method",))
 GENERATED = Counter("steersman_generated_tokens_total", "Tokens of guided answers.", ("method",))
 GUIDED = Counter("steersman_guided_tokens_total", "Tokens at which guidance applied.", ("method",))
@@ -52,6 +59,12 @@ KL = Histogram(
     ("method",),
     buckets=_KL_BUCKETS,
 )
+KL_STEERING = Histogram(
+    "steersman_request_kl_steering_nats",
+    "The part of it that rewards and policies have caused, without what keeping only the top k costs.",
+    ("method",),
+    buckets=_KL_BUCKETS,
+)
 REWARD = Histogram("steersman_final_reward", "Reward of answers at their end.", ("model",), buckets=_REWARD_BUCKETS)
 REWARD_MAGNITUDE = Counter(
     "steersman_final_reward_magnitude_total",
@@ -59,7 +72,10 @@ REWARD_MAGNITUDE = Counter(
     ("model", "sign"),
 )
 REFUSALS = Counter("steersman_refusals_total", "Requests that were refused.", ("reason",))
-ERRORS = Counter("steersman_errors_total", "Guided requests that failed after they were admitted.", ("reason",))
+ERRORS = Counter("steersman_errors_total", "Guided requests that failed, each once.", ("reason",))
+CUT_OFF = Counter(
+    "steersman_cut_off_requests_total", "Requests, guided or not, that the server ended early.", ("reason",)
+)
 RUNNING = Gauge("steersman_running_requests", "Guided requests in the engine.", multiprocess_mode="livesum")
 WAITING = Gauge(
     "steersman_waiting_requests", "Guided requests that wait for their turn or for room.", multiprocess_mode="livesum"
@@ -78,14 +94,43 @@ RESERVED = Gauge(
 )
 
 
-def count_refusal(reason: Refusal) -> None:
-    """A request that was answered with 4xx, or 503 while the server drains."""
+@dataclass
+class Exchange:
+    """What is known of one HTTP request beyond the route that serves it."""
+
+    refused: bool = False
+    """Whether its refusal has been counted."""
+    interruption: Fault | None = None
+    """Why the server ended it, where that is not its client's doing."""
+
+
+_EXCHANGE: ContextVar[Exchange] = ContextVar("exchange")
+_FOLLOWED: ContextVar["FollowedRequest"] = ContextVar("followed_request")
+
+
+def begin_exchange() -> Exchange:
+    """An HTTP request begins: tasks that are created from now on belong to it."""
+    exchange = Exchange()
+    _EXCHANGE.set(exchange)
+    return exchange
+
+
+def count_refusal(reason: Refusal, exchange: Exchange | None = None) -> None:
+    """A request that was answered with 4xx, or 503 while the server drains; only the first reason counts.
+
+    exchange: the request, by default the one that this task serves.
+    """
+    exchange = exchange or _EXCHANGE.get(None)
+    if exchange is not None:
+        if exchange.refused:
+            return
+        exchange.refused = True
     REFUSALS.labels(reason).inc()
 
 
-def count_error(reason: Fault) -> None:
-    """A guided request that failed after it was admitted."""
-    ERRORS.labels(reason).inc()
+def count_cut_off(reason: CutOff) -> None:
+    """A request that the server ended before its answer was complete."""
+    CUT_OFF.labels(reason).inc()
 
 
 def reason_of(error: GuidanceError) -> Refusal:
@@ -101,7 +146,74 @@ def reason_of(error: GuidanceError) -> Refusal:
 
 
 class FollowedRequest:
-    """A guided request that waits for room, runs, and ends."""
+    """A guided request of a client, which ends in one of four ways and is counted once.
+
+    It has failed if anything failed that is not its client's doing; was refused if its client was told 4xx; has
+    finished if every choice of all of its prompts has; and was cancelled otherwise.
+    """
+
+    def __init__(self, method: str) -> None:
+        self._method = method
+        exchange = _EXCHANGE.get(None)
+        self._exchange = exchange or Exchange()
+        self._prompts = self._finished = 0
+        self._fault: Fault | None = None
+        self._refused = self._ended = False
+
+    def fail(self, fault: Fault) -> None:
+        """Something of the server's failed; the first thing counts."""
+        self._fault = self._fault or fault
+
+    def refuse(self) -> None:
+        """Its client was told that the request is wrong."""
+        self._refused = True
+
+    def answer_error(self, status: int) -> None:
+        """vLLM answers with an error of its own; it answers a client that has gone with 400 too."""
+        if status >= 500:
+            self.fail("engine")
+        elif not self._prompts:
+            self.refuse()
+
+    def end(self) -> None:
+        """Counts the request; harmless when done twice."""
+        if self._ended:
+            return
+        self._ended = True
+        finished = 0 < self._prompts == self._finished
+        fault = self._fault or (None if finished or self._refused else self._exchange.interruption)
+        if fault is not None:
+            ERRORS.labels(fault).inc()
+            REQUESTS.labels(self._method, "failed").inc()
+        elif self._refused:
+            count_refusal("invalid", self._exchange)
+        else:
+            REQUESTS.labels(self._method, "finished" if finished else "cancelled").inc()
+
+    @contextmanager
+    def following(self, fault_of: Callable[[Exception], Fault | None]) -> Iterator["FollowedPrompt"]:
+        """Follows one of its prompts through the engine.
+
+        fault_of: what an error is counted as; None for one that is the client's doing.
+        """
+        prompt = FollowedPrompt()
+        try:
+            yield prompt
+        except Exception as error:
+            fault = fault_of(error)
+            self.refuse() if fault is None else self.fail(fault)
+            raise
+        finally:
+            prompt.leave()
+            self._finished += prompt.finished
+
+    def add_prompt(self) -> None:
+        """One prompt more goes to the engine."""
+        self._prompts += 1
+
+
+class FollowedPrompt:
+    """One prompt of a guided request, which waits for room, runs, and ends."""
 
     def __init__(self) -> None:
         self.finished = False
@@ -122,19 +234,16 @@ class FollowedRequest:
         (RUNNING if self._running else WAITING).dec()
 
 
-@contextmanager
-def following(method: str) -> Iterator[FollowedRequest]:
-    """Counts a request while it is in the context, and then by how it ended."""
-    request = FollowedRequest()
-    outcome: Outcome = "cancelled"
-    try:
-        yield request
-    except Exception:
-        outcome = "failed"
-        raise
-    finally:
-        request.leave()
-        REQUESTS.labels(method, "finished" if request.finished else outcome).inc()
+def follow(method: str) -> FollowedRequest:
+    """A guided request has a place in the queue: what this task does from now on belongs to it."""
+    request = FollowedRequest(method)
+    _FOLLOWED.set(request)
+    return request
+
+
+def followed_request(method: str) -> FollowedRequest:
+    """The guided request that this task serves; outside of one, a request that nobody counts."""
+    return _FOLLOWED.get(None) or FollowedRequest(method)
 
 
 def count_answer(report: Mapping[str, Any]) -> None:
@@ -150,6 +259,7 @@ def count_answer(report: Mapping[str, Any]) -> None:
     for kind in ("reward_model", "policy"):
         SAVED.labels(method, kind).inc(report[f"saved_{kind}_tokens"])
     KL.labels(method).observe(max(0.0, report["kl"]))
+    KL_STEERING.labels(method).observe(max(0.0, report["kl_steering"]))
     for model, reward in report["rewards"].items():
         if reward is not None:
             REWARD.labels(model).observe(reward)
@@ -160,8 +270,10 @@ def begin_counting(reward_models: Iterable[str], policies: Iterable[str]) -> Non
     """Shows every series from the start, as 0: a rate over one that appears with its first event misses that event."""
     for reason in get_args(Refusal):
         REFUSALS.labels(reason)
-    for reason in get_args(Fault):
-        ERRORS.labels(reason)
+    for fault in get_args(Fault):
+        ERRORS.labels(fault)
+    for cut_off in get_args(CutOff):
+        CUT_OFF.labels(cut_off)
     for model in reward_models:
         REWARD.labels(model)
         for sign in ("positive", "negative"):
@@ -170,7 +282,7 @@ def begin_counting(reward_models: Iterable[str], policies: Iterable[str]) -> Non
     for method in METHODS:
         for outcome in get_args(Outcome):
             REQUESTS.labels(method, outcome)
-        for metric in (ANSWERS, GENERATED, GUIDED, INTERVENTIONS, SWITCHES, KL):
+        for metric in (ANSWERS, GENERATED, GUIDED, INTERVENTIONS, SWITCHES, KL, KL_STEERING):
             metric.labels(method)
         for kind in ("reward_model", "policy"):
             SAVED.labels(method, kind)

@@ -20,7 +20,9 @@ STEP = Histogram(
 )
 ROWS = Histogram("steersman_step_rows", "Guided rows of a decoding step.", buckets=_ROWS)
 TOKENS = Counter("steersman_auxiliary_tokens_total", "Tokens that auxiliary models have read.", ("model", "phase"))
-FAILURES = Counter("steersman_model_failures_total", "Guided requests that a model has spoiled.", ("model", "reason"))
+FAILURES = Counter(
+    "steersman_model_failures_total", "Guided choices and texts that a model has spoiled.", ("model", "reason")
+)
 BLOCKS = Gauge(
     "steersman_cache_blocks", "Blocks of a model's key-value cache.", ("model",), multiprocess_mode="livesum"
 )

@@ -16,6 +16,7 @@ from tests.support.server import Server
 NAN, INFINITY = float("nan"), float("inf")
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 GOOD = {"method": "pargs", "reward_model": "first"}
+REPETITION = {"max_pattern_size": 4, "min_count": 3}
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ def _search(param: str, *words: str, method: str = "best_of_n", change: dict[str
     return Bad({"guidance": guidance, **(change or {})}, param, words)
 
 
+def _blocks(param: str, **change: Any) -> Bad:
+    return _search(param, "over the blocks", "use best_of_n", method="blockwise", change=change)
+
+
 POLICIES = {
     "unknown policy": _policy("guidance.policy", "'absent'", "expert", "other", policy="absent"),
     "a reward model as policy": _policy("guidance.policy", "no policy 'first'", "expert", policy="first"),
@@ -80,6 +85,16 @@ POLICIES = {
     "a gate and kl_threshold": _threshold("guidance.gate", "a gate itself", '"mixed"', gate={"first_tokens": 2}),
     "threshold is negative": _threshold("guidance.threshold", "greater than or equal to 0", "-0.5", threshold=-0.5),
     "unknown estimator": _threshold("guidance.estimator", "'exact'", "'monte_carlo'", estimator="guess"),
+    "length beyond 64 bits": Bad(
+        {"guidance": {"method": "length_control", "policy": "expert", "length": 2**70}},
+        "guidance.length",
+        ("less than or equal to 2147483647", str(2**70)),
+    ),
+    "a gate beyond 64 bits": _gate(".first_tokens", "less than or equal to 2147483647", first_tokens=2**70),
+    "a gate beyond 32 bits": _gate(".first_tokens", "less than or equal to 2147483647", first_tokens=2**31),
+    "samples beyond 64 bits": _threshold(
+        "guidance.samples", "less than or equal to 10000", estimator="monte_carlo", samples=2**70
+    ),
     "samples of an exact KL": _threshold("guidance", "samples", "monte_carlo", samples=10),
     "no samples": _threshold("guidance.samples", "greater than or equal to 1", estimator="monte_carlo", samples=0),
     "too many samples": _threshold(
@@ -133,12 +148,13 @@ POLICIES = {
     ),
     "greedy samples": _search("temperature", "alike", "above 0", change={"temperature": 0}),
     "several best answers": _search("n", "best_of_n", "leave it at 1", change={"n": 2}),
-    "a grammar over blocks": _search(
-        "structured_outputs", "best_of_n", method="blockwise", change={"structured_outputs": {"choice": ["a", "b"]}}
-    ),
-    "a penalty over blocks": _search(
-        "presence_penalty", "blocks", "best_of_n", method="blockwise", change={"presence_penalty": 0.5}
-    ),
+    "a penalty over blocks": _blocks("presence_penalty", presence_penalty=0.5),
+    "a penalty of repetitions over blocks": _blocks("frequency_penalty", frequency_penalty=-0.5),
+    "repetitions over blocks": _blocks("repetition_detection", repetition_detection=REPETITION),
+    "a thinking budget over blocks": _blocks("thinking_token_budget", thinking_token_budget=5),
+    "a bad phrase over blocks": _blocks("bad_words", bad_words=["x", "the lazy kettle"]),
+    "a grammar over blocks": _blocks("structured_outputs", structured_outputs={"choice": ["a", "b"]}),
+    "a format over blocks": _blocks("response_format", response_format={"type": "json_object"}),
     "an empty block": Bad(
         {"guidance": {"method": "blockwise", "reward_model": "first", "n": 2, "block": 0}},
         "guidance.block",
@@ -178,6 +194,10 @@ BAD = {
     "top_k is zero": _field("guidance.top_k", "greater than or equal to 1", top_k=0),
     "top_k is huge": _field("guidance.top_k", "less than or equal to", "10000", top_k=10000),
     "top_k is a fraction": _field("guidance.top_k", "valid integer", "2.5", top_k=2.5),
+    "top_k is true": _field("guidance.top_k", "valid integer", "True", top_k=True),
+    "top_k is beyond 64 bits": _field("guidance.top_k", "less than or equal to", str(2**70), top_k=2**70),
+    "another field is beyond 64 bits": Bad({"top_k": 2**70}, "top_k", ("2**64 - 1", str(2**70))),
+    "an argument is beyond 64 bits": Bad({"vllm_xargs": {"a": [1, -(2**64)]}}, "vllm_xargs.a.1", ("-2**63",)),
     "top_k is a string": _field("guidance.top_k", "valid integer", "'10'", top_k="10"),
     "end_token without reading candidates": _field(
         "guidance.end_token", "every", "leave end_token out", reward_model="every", end_token=True
@@ -296,11 +316,46 @@ def test_routes_without_guidance_refuse_it(server: Server, path: str) -> None:
     assert COMPLETIONS in error["message"]
 
 
-@pytest.mark.parametrize("path", OTHER_ROUTES)
+@pytest.mark.parametrize("path", sorted(OTHER_ROUTES.keys() - {"/tokenize"}))
 def test_routes_without_guidance_refuse_models_that_stand_for_it(server: Server, path: str) -> None:
     error = _error(_send(server, path, {"model": "base:steered", **OTHER_ROUTES[path]}))
     assert error["param"] == "model"
     assert COMPLETIONS in error["message"]
+    assert "the model 'base'" in error["message"]
+
+
+@pytest.mark.parametrize("prompts", [[2**70], [5, -(2**70)]])
+@pytest.mark.parametrize("field", ["prompt", "responses"])
+def test_rewards_of_tokens_beyond_any_vocabulary_are_refused(server: Server, field: str, prompts: list[int]) -> None:
+    body = {"model": "first", "prompt": "hi", "responses": ["there"]}
+    change: dict[str, Any] = {"prompt": prompts} if field == "prompt" else {"responses": [prompts]}
+    assert field in _error(_send(server, "/v1/rewards", {**body, **change}))["message"]
+
+
+@pytest.mark.parametrize("token", [True, "5", 5.5])
+def test_rewards_take_numbers_for_tokens_and_nothing_else(server: Server, token: Any) -> None:
+    body = {"model": "first", "responses": [[5, 6]]}
+    assert "prompt" in _error(_send(server, "/v1/rewards", {**body, "prompt": [7, token]}))["message"]
+    whole, integral = (_send(server, "/v1/rewards", {**body, "prompt": [7, five]}) for five in (5, 5.0))
+    assert whole.json() == integral.json()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("seed", [2**63 - 1, -(2**63), 2**32])
+@pytest.mark.parametrize("method", ["sampled", "monte_carlo", "best_of_n"])
+def test_every_seed_of_64_bits_works_with_guidance(server: Server, method: str, seed: int, n: int) -> None:
+    guidance = {
+        "sampled": GOOD,
+        "monte_carlo": {"method": "kl_threshold", "policy": "expert", "threshold": 0.1, "estimator": "monte_carlo"},
+        "best_of_n": {"method": "best_of_n", "reward_model": "first", "n": 2},
+    }[method]
+    body = {"model": "base", "prompt": [5, 6], "max_tokens": 3, "seed": seed, "guidance": guidance}
+    if method != "best_of_n":
+        body["n"] = n
+    answers = [_send(server, COMPLETIONS, body) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    first, second = ([choice["text"] for choice in answer.json()["choices"]] for answer in answers)
+    assert first == second
 
 
 def test_bad_requests_neither_disturb_a_neighbour_nor_leave_anything_behind(server: Server) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.oracle import Oracle, load_oracle
+from tests.support.oracle import Oracle
 from tests.support.random_input import any_guidance, random_prompts
 from tests.support.server import Server
 from tests.support.tiny import VOCABULARY
@@ -15,17 +15,6 @@ from tests.support.traffic import Answered, Asked, ask, disconnect, gather_limit
 
 GREEDY = 200
 CONCURRENCY = 32
-
-
-@pytest.fixture(scope="module")
-def oracle(models: Path) -> Oracle:
-    return load_oracle(models)
-
-
-@pytest.fixture(scope="module", params=["V1", "V2"])
-def interface(request: pytest.FixtureRequest) -> Server:
-    """The server over each of vLLM's logits-processor interfaces."""
-    return request.getfixturevalue("server" if request.param == "V1" else "server_v2")
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from tests.conftest import POISON
 from tests.server.polling import assert_no_block_stays_in_use
 from tests.support.oracle import Oracle, load_oracle
 from tests.support.server import Server
+from tests.support.tiny import VOCABULARY
 from tests.support.traffic import Asked, ask
 
 BROKEN = {"method": "pargs", "reward_model": "broken", "beta": 1.5, "top_k": 5}
@@ -94,19 +95,20 @@ def test_prefixes_of_poisoned_prompts_are_scored_rightly_afterwards(
 
 
 def _load_unpoisoned(models: Path) -> Oracle:
-    """The oracle of requests with the bias."""
+    """The oracle of requests that may not draw the poison."""
     oracle = load_oracle(models, ("broken",))
 
     def base(tokens: Sequence[int]) -> torch.Tensor:
         logits = oracle.logits(tokens).clone()
-        logits[POISON] += UNPOISONED[str(POISON)]
+        logits[POISON] = -torch.inf
         return logits
 
     return Oracle(replace(oracle.models, base=base))
 
 
 def _check_against(oracle: Oracle, server: Server, prompt: list[int]) -> None:
-    fields = {"temperature": 0, "return_token_ids": True, "logit_bias": UNPOISONED}
+    allowed = [token for token in range(VOCABULARY) if token != POISON]
+    fields = {"temperature": 0, "return_token_ids": True, "allowed_token_ids": allowed}
     answer = server.complete(prompt, BROKEN, max_tokens=8, **fields)["choices"][0]
     oracle.assert_greedy(prompt, BROKEN, answer["token_ids"], 8)
     assert oracle.assert_report(prompt, BROKEN, answer["token_ids"], answer["guidance"])

@@ -1,6 +1,8 @@
 """What only shows with several workers: one that refuses undoes the others, and an engine that fails leaves no name."""
 
 import asyncio
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,6 +67,28 @@ def test_a_model_is_there_once_every_worker_has_it(begin: Begin) -> None:
     assert ("steersman_end_load", True) in workers.calls
     assert (engine.registry.models, engine.budget.free) == ({}, {})
     assert lifecycle.describe()["data"] == []
+
+
+def test_paths_that_cannot_be_read_and_weights_that_are_not_whole_are_refused_by_name(
+    begin: Begin, models: Path, tmp_path: Path
+) -> None:
+    lifecycle, _, _ = begin()
+    loop = models / f"loop-{tmp_path.name}"
+    loop.symlink_to(loop)
+    cut = Path(shutil.copytree(models / "first", models / f"half-{tmp_path.name}"))
+    weights = cut / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    for path, words in (
+        (loop.name, "cannot be read"),
+        ("x" * 4000, "cannot be read"),
+        ("a\0b", "cannot be read"),
+        (cut.name, f"{weights} is cut off"),
+    ):
+        with pytest.raises(ChangeRefused, match=words) as refused:
+            lifecycle.begin_load("reward_model", "later", path, None)
+        assert (refused.value.status, refused.value.field) == (400, "path")
+        assert repr(path)[1:100].strip("'") in str(refused.value)
+    loop.unlink()
 
 
 def test_unloading_waits_for_those_who_use_the_model(begin: Begin) -> None:

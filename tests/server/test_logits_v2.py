@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
+from vllm import SamplingParams
 
 from steersman.guidance.generate import load_runtime
 from steersman.guidance.report import merge_reports
@@ -22,7 +23,7 @@ from steersman.server.logits_v2 import GuidanceLogitsProcessor
 from tests.support.device import LateSide, SlowCopy, copy_when_joined
 from tests.support.oracle import Oracle, load_oracle
 from tests.support.random_input import any_guidance, random_prompts
-from tests.support.tiny import END
+from tests.support.tiny import END, VOCABULARY
 
 SLOTS = 6
 LONGEST = 160
@@ -37,6 +38,10 @@ class Buffers:
         self.prefill_len = SimpleNamespace(np=np.zeros(SLOTS, dtype=np.int32))
         self.all_token_ids = SimpleNamespace(gpu=torch.zeros(SLOTS, LONGEST, dtype=torch.int32))
         self.total_len = SimpleNamespace(gpu=torch.zeros(SLOTS, dtype=torch.int32))
+
+
+class Sampler:
+    """vLLM's, which nothing here calls."""
 
 
 class Request:
@@ -71,7 +76,7 @@ class Engine:
         self.slots[slot], request.read = request, 0
         extra = {} if request.guidance is None else {CONFIG_KEY: {"guidance": request.guidance, "key": request.key}}
         for adapter in self.adapters:
-            adapter.add_request(slot, SimpleNamespace(extra_args=extra, seed=None))
+            adapter.add_request(slot, SamplingParams(extra_args=extra))
 
     def preempt(self, slot: int) -> Request:
         """Nobody tells the adapter."""
@@ -95,12 +100,13 @@ class Engine:
             own = [n for n, slot in enumerate(scheduled) if slot % len(self.adapters) == rank]
             if own:
                 part = logits[own]
-                context = SimpleNamespace(
+                batch = SimpleNamespace(
                     idx_mapping_np=np.array([scheduled[n] for n in own]),
-                    seq_lens_upper_bound_np=np.array([lengths[n] for n in own]),
+                    seq_lens_cpu_upper_bound=torch.tensor([lengths[n] for n in own]),
                     input_ids=torch.tensor([texts[n][-1] for n in own], dtype=torch.int32),
+                    logits_indices=torch.arange(len(own)),
                 )
-                logits[own] = adapter.apply(part, context)  # type: ignore[arg-type]
+                logits[own] = adapter.guide(part, batch)
         return self._sample(scheduled, lengths, logits)
 
     def _sample(self, scheduled: list[int], lengths: list[int], logits: torch.Tensor) -> list[Request]:
@@ -131,7 +137,14 @@ def make_adapter(models: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Buf
         return GuidanceRuntime(loaded.reward_models, END, loaded.policies, side, copy_when_joined(side))
 
     monkeypatch.setattr(logits_v2, "build_runtime", build)
-    return lambda states: GuidanceLogitsProcessor(SimpleNamespace(speculative_config=None), states)  # type: ignore[arg-type]
+
+    def make(states: Buffers) -> GuidanceLogitsProcessor:
+        config = SimpleNamespace(speculative_config=None, model_config=SimpleNamespace(logits_processors=[""]))
+        adapter = GuidanceLogitsProcessor(config, states)  # type: ignore[arg-type]
+        adapter.attach(SimpleNamespace(sampler=Sampler(), structured_outputs_worker=None))
+        return adapter
+
+    return make
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -192,6 +205,41 @@ def test_values_are_used_only_when_what_was_read_ahead_is_joined(
     assert side.forks > 3
     for request in requests:
         assert adapter.runtime.finish((request.key, None), request.output).error is None  # type: ignore[union-attr]
+
+
+def test_a_grammar_masks_guided_logits_and_hides_nothing_from_the_models(
+    make_adapter: Callable[[Buffers], GuidanceLogitsProcessor], models: Path, rng: random.Random
+) -> None:
+    oracle, states = load_oracle(models), Buffers()
+    adapter = make_adapter(states)
+    banned = torch.rand(VOCABULARY) < 0.9
+    banned[7] = False
+    grammars = SimpleNamespace(apply_grammar_bitmask=lambda logits: logits.masked_fill_(banned, -torch.inf))
+    sampler: Any = Sampler()
+    sampler.logits_processors, sampler.penalties_state = [adapter], None
+    adapter.attach(SimpleNamespace(sampler=sampler, structured_outputs_worker=grammars))
+    engine = Engine(rng, oracle, [adapter], states)
+    prompts = random_prompts(rng, 2, longest=30)
+    guidances: list[Any] = [{"method": "mixed", "policy": "expert", "mix": 1.0}, None]
+    for prompt, guidance in zip(prompts, guidances, strict=True):
+        engine.add(Request(f"{len(engine.slots):032x}", prompt, guidance, 1))
+    slots = {request.guidance is not None: slot for slot, request in engine.slots.items()}
+    logits = torch.stack([oracle.logits(prompt) for prompt in prompts])
+    own = logits.clone()
+    grammars.apply_grammar_bitmask(logits)
+    batch = SimpleNamespace(
+        idx_mapping_np=np.array([slots[True], slots[False]]),
+        seq_lens_cpu_upper_bound=torch.tensor([len(prompt) for prompt in prompts]),
+        input_ids=torch.tensor([prompt[-1] for prompt in prompts], dtype=torch.int32),
+        logits_indices=torch.arange(2),
+    )
+    guided = adapter.guide(logits, batch)
+    expected = torch.stack((oracle.models.policies["expert"](prompts[0]), own[1])).masked_fill(banned, -torch.inf)
+    torch.testing.assert_close(guided, expected, rtol=0, atol=1e-4)
+    report = adapter.runtime.finish((f"{0:032x}", None), [7])
+    assert report is not None
+    steps = oracle.replay(prompts[0], [7], guidances[0])
+    assert report.kl == pytest.approx(float(steps[0].logprobs[7] - steps[0].base_logprobs[7]), abs=1e-4)
 
 
 def _wanted(rng: random.Random, ranks: int) -> dict[str, Any]:

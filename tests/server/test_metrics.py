@@ -57,6 +57,8 @@ def test_counters_are_the_sums_of_reports(server: Server, rng: random.Random) ->
         assert total(grown, "steersman_request_kl_nats_count", method=method) == 1
         expected = pytest.approx(max(0.0, report["kl"]), abs=1e-6)
         assert total(grown, "steersman_request_kl_nats_sum", method=method) == expected
+        steered = pytest.approx(max(0.0, report["kl_steering"]), abs=1e-6)
+        assert total(grown, "steersman_request_kl_steering_nats_sum", method=method) == steered
     rewards = [(name, value) for report in reports.values() for name, value in report["rewards"].items()]
     for model in {name for name, _ in rewards}:
         given = [value for name, value in rewards if name == model and value is not None]

@@ -19,7 +19,8 @@ GUIDANCE = {"method": "pargs", "reward_model": "first", "beta": 1.5}
 GUIDED = {"guidance": GUIDANCE}
 HELLO = [{"role": "user", "content": "hello there"}]
 REPORT = {
-    *("method", "tokens", "guided_tokens", "interventions", "kl", "rewards", "reward_model_tokens", "policy_tokens"),
+    *("method", "tokens", "guided_tokens", "interventions", "kl", "kl_truncation", "kl_steering", "rewards"),
+    *("reward_model_tokens", "policy_tokens"),
     *("saved_reward_model_tokens", "saved_policy_tokens", "sources", "switches"),
 }
 SCHEMA = {

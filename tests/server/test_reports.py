@@ -32,6 +32,8 @@ def _report(key: str) -> dict[str, Any]:
         "method": key,
         "guided_tokens": 3,
         "kl": 0.5,
+        "kl_truncation": 0.2,
+        "kl_steering": 0.3,
         "error": None,
         "rewards": {},
         "tokens": 5,

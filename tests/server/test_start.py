@@ -1,8 +1,9 @@
 """Starts that cannot end well are refused with one line that names the culprit and the way out."""
 
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,11 @@ BEFORE_START = {
     "a name twice": _reward("helpful={}/first", "helpful={}/second", words=("helpful", "twice")),
     "missing base": Refused(("{}/absent", "--reward-model", "helpful={}/first"), ("base model", "absent")),
     "no cache": Refused(("{}/base", "--guidance-cache", "0"), ("--guidance-cache 0", "positive")),
+    "a cache beyond all memory": Refused(
+        ("{}/base", "--reward-model", "first={}/first", "--guidance-cache", "1000000"),
+        ("--guidance-cache 1e+06", "GiB of the host's memory are free", "give less than"),
+    ),
+    "an endless cache": Refused(("{}/base", "--guidance-cache", "inf"), ("--guidance-cache inf", "positive")),
     "negative cache": Refused(("{}/base", "--guidance-cache", "-1"), ("--guidance-cache -1", "positive")),
 }
 BEFORE_START |= {
@@ -83,6 +89,27 @@ BEFORE_START |= {
     "a preset with an unknown model": _presets("model.yaml", words=("strong", "'absent'", "none")),
 }
 
+_CUT = ("model.safetensors is cut off", "bytes are there", "again")
+BEFORE_START |= {
+    "a base cut off": Refused(("{}/base-cut",), ("base model", *_CUT)),
+    "a reward model cut off": _reward("helpful={}/first-cut", words=("reward model 'helpful'", *_CUT)),
+    "a policy cut off": _policy("expert={}/expert-cut", words=("policy 'expert'", *_CUT)),
+    "an adapter cut off": _policy(
+        "expert={}/adapter-cut", words=("policy 'expert'", "adapter_model.safetensors is cut off", "bytes are there")
+    ),
+    "empty weights": _reward("helpful={}/first-empty", words=("'helpful'", "model.safetensors is empty", "again")),
+    "a pointer to weights": _reward("helpful={}/first-pointer", words=("'helpful'", "Git LFS pointer", "git lfs pull")),
+}
+
+BEFORE_START |= {
+    "a path too long": _reward(f"helpful=/{'x' * 4000}", words=("'helpful'", "cannot be read", "too long")),
+    "a policy's path too long": _policy(f"expert=/{'x' * 4000}", words=("'expert'", "cannot be read", "too long")),
+    "a root too long": Refused(
+        ("{}/base", "--admin-api-key", "k", "--admin-model-root", "x" * 4000), ("--admin-model-root", "not a folder")
+    ),
+    "presets that are no text": _presets("bytes.yaml", words=("--guidance-presets", "bytes.yaml", "decode")),
+}
+
 PRESETS = {
     "list.yaml": "- {method: pargs, reward_model: first}",
     "name.yaml": "'a:b': {method: pargs, reward_model: first}",
@@ -104,6 +131,16 @@ def checkpoints(models: Path) -> Path:
     kinds = {"attention_types": [[["global", "local"], 1]], "window_size": 16}
     save_reward(models / "neo", seed=7, kind="GPTNeo", num_layers=2, num_heads=2, **kinds)
     build_tokenizer(vocabulary=300).save_pretrained(save_base(models / "stranger", seed=10))
+    for source in ("base", "first", "expert", "adapter"):
+        _copy(models, source, "cut", lambda whole: whole[: len(whole) * 2 // 3])
+    _copy(models, "first", "empty", lambda _: b"")
+    _copy(
+        models,
+        "first",
+        "pointer",
+        lambda whole: f"version https://git-lfs.github.com/spec/v1\nsize {len(whole)}\n".encode(),
+    )
+    (models / "bytes.yaml").write_bytes(b"\xff\xfe\x80")
     for name, content in PRESETS.items():
         (models / name).write_text(content)
     return models
@@ -154,6 +191,13 @@ def _check_line(stderr: str, words: Sequence[str]) -> None:
     lines = [line for line in stderr.splitlines() if line.startswith("steersman: ")]
     assert len(lines) == 1, stderr
     assert all(word in lines[0] for word in words), lines[0]
+
+
+def _copy(models: Path, source: str, suffix: str, change: Callable[[bytes], bytes]) -> None:
+    """A copy of a checkpoint, its weights changed."""
+    folder = Path(shutil.copytree(models / source, models / f"{source}-{suffix}", dirs_exist_ok=True))
+    for file in folder.glob("*.safetensors"):
+        file.write_bytes(change(file.read_bytes()))
 
 
 def _change_labels(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Token ids that the base has and a reward model has not: refused in a prompt, never chosen, and the engine lives."""
 
 import asyncio
+import json
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from steersman.clients.reports import GuidanceReport
 from tests.server.faults.conftest import BEYOND
 from tests.server.faults.supervised import SupervisedServer
 from tests.server.polling import assert_no_block_stays_in_use
@@ -94,6 +96,41 @@ def test_what_the_base_prefers_and_the_model_cannot_read_is_not_chosen(
         message = failure.json()["error"]["message"]
         assert all(word in message for word in ("'first'", "raise top_k")), message
     assert_no_block_stays_in_use(supervised)
+
+
+@pytest.mark.parametrize("guidance", [{**BEST_OF_N, "n": 8}, {**BLOCKWISE, "n": 8}], ids=lambda g: g["method"])
+def test_samples_that_the_model_cannot_read_are_left_out_of_the_choice(
+    supervised: SupervisedServer, rng: random.Random, guidance: dict[str, Any]
+) -> None:
+    fields = {"max_tokens": 6, "return_token_ids": True, "logit_bias": dict.fromkeys(PREFERRED, 1.5)}
+    left_out = 0
+    for prompt in random_prompts(rng, 8):
+        answer = supervised.complete(prompt, {**guidance, "trace": True}, **fields)
+        choice, report = answer["choices"][0], answer["choices"][0]["guidance"]
+        assert max(choice["token_ids"]) < VOCABULARY
+        rewards = [[sample["reward"] for sample in step["samples"]] for step in report["trace"]]
+        for step, block in zip(report["trace"], rewards, strict=True):
+            assert block[step["chosen"]] == max(reward for reward in block if reward is not None)
+        unreadable = sum(block.count(None) for block in rewards)
+        assert GuidanceReport.model_validate(report).unreadable_samples == unreadable
+        assert answer["usage"]["completion_tokens"] == report["generated_tokens"]
+        left_out += unreadable
+    assert left_out > 0
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("guidance", [BEST_OF_N, BLOCKWISE], ids=lambda guidance: guidance["method"])
+def test_a_search_whose_samples_the_model_cannot_read_is_refused(
+    supervised: SupervisedServer, guidance: dict[str, Any], stream: bool
+) -> None:
+    body = {"model": "base", "prompt": [5, 6], "max_tokens": 4, "temperature": 1, "logit_bias": PREFERRED}
+    response = supervised.post("/v1/completions", {**body, "guidance": guidance, "stream": stream})
+    assert response.status_code == (200 if stream else 400), response.text
+    text = response.text.removeprefix("data: ").partition("\n\n")[0]
+    error = json.loads(text)["error"]
+    assert (error["code"], error["param"]) == (400, "guidance.reward_model")
+    words = ("reward model 'first'", f"0 to {VOCABULARY - 1}", "every sample", "allowed_token_ids")
+    assert all(word in error["message"] for word in words), error
 
 
 def test_what_a_model_reads_is_shown(supervised: SupervisedServer) -> None:
