@@ -11,6 +11,7 @@ RUN := .venv/bin/python -m
 OTHER_TRITON := .venv/triton/3.6.0
 PROMETHEUS := .venv/prometheus
 BARE := .venv/bare
+CLIENTS := .venv/clients
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -28,13 +29,18 @@ $(BARE): requirements/gpu.txt requirements/gpu-pack.lock scripts/bare_environmen
 	@scripts/bare_environment.sh $@
 	@touch $@
 
+# Other people's clients, with packages that would not fit beside ours.
+$(CLIENTS): requirements/clients.lock tests/clients/outside/package.json tests/clients/outside/node_client.mjs scripts/clients_environment.sh | setup
+	@scripts/clients_environment.sh $@
+	@touch $@
+
 setup: ## make .venv with every pinned package
 	@scripts/setup.sh
 
 demo: setup ## serve the demo models and show one prompt with and without guidance (ONCE=1 stops after that)
 	@$(RUN) steersman.cli demo
 
-test: setup $(OTHER_TRITON) $(PROMETHEUS) $(BARE) ## run the whole test suite, without a GPU
+test: setup $(OTHER_TRITON) $(PROMETHEUS) $(BARE) $(CLIENTS) ## run the whole test suite, without a GPU
 	$(RUN) pytest -n 2
 
 lint: setup ## check style and types

@@ -56,12 +56,14 @@ class ByServer(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         path, _, test = nodeid.partition("::")
-        if "[V2]" in test or "model_runner_v2" in test:
+        if "[V2" in test or "model_runner_v2" in test:
             return "server_v2"
         for folder in ("limits", "faults"):
             if path.startswith(f"tests/server/{folder}"):
                 return f"server_{folder}"
-        shared = path.startswith(("tests/server", "tests/clients")) and not path.endswith("test_start.py")
+        shared = path.startswith(("tests/server", "tests/clients")) and not path.endswith(
+            ("test_start.py", "test_demo.py")
+        )
         return "server" if shared else path
 
 

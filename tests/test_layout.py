@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "guidance": {"guidance", "kernels"},
-    "server": {"server", "guidance", "kernels"},
-    "training": {"training", "guidance", "kernels"},
+    "server": {"server", "guidance", "kernels", "processes"},
+    "training": {"training", "guidance", "kernels", "processes"},
     "clients": {"clients", "guidance.request"},
 }
 

@@ -12,6 +12,8 @@ from typing import Any, Self
 import httpx
 import openai
 
+from steersman.server.cpu import SMALL
+
 _START_LIMIT_S = 400
 
 V2_ENVIRONMENT = {
@@ -119,12 +121,7 @@ def test_environment() -> dict[str, str]:
     """One thread, a small cache, no look-ups outside this machine."""
     return {
         **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "HF_HUB_OFFLINE": "1",
+        **SMALL,
         # TRL, once imported by another test, silences vLLM's log in the environment.
         "VLLM_CONFIGURE_LOGGING": "1",
         "VLLM_LOGGING_LEVEL": "INFO",

@@ -28,11 +28,11 @@ class Answered:
 
 async def ask(client: openai.AsyncOpenAI, asked: Asked) -> list[Answered]:
     """Sends one request; returns its choices."""
-    extra: dict[str, Any] = {"return_token_ids": True}
+    extra: dict[str, Any] = {"return_token_ids": True, **asked.fields}
     if asked.guidance is not None:
         extra["guidance"] = asked.guidance
     answer = await client.completions.create(
-        model="base", prompt=asked.prompt, max_tokens=asked.max_tokens, extra_body=extra, **asked.fields
+        model="base", prompt=asked.prompt, max_tokens=asked.max_tokens, extra_body=extra
     )
     return [Answered(c.token_ids, getattr(c, "guidance", None)) for c in answer.choices]  # type: ignore[attr-defined]
 
