@@ -27,7 +27,7 @@ from steersman.server.vllm import (
 
 
 class Answer:
-    """The answer so far."""
+    """One answer that grows by chosen samples, put together by vLLM's output processor as those of a plain request."""
 
     def __init__(self, tokenizer: Any, request_id: str, params: SamplingParams, first: RequestOutput) -> None:
         """params: the request's own. first: vLLM's output for the request without any token of the answer in its

@@ -31,7 +31,7 @@ class BoundedHeaders(HttpToolsProtocol):
         self._begin()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing more is awaited."""
+        """Ends the wait for a header of a client that has gone."""
         self._stop_timer()
         super().connection_lost(exc)
 
