@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from steersman.guidance.headers import find_damage
 from steersman.guidance.tokenizers import count_ids
+from steersman.guidance.weight_files import find_damage
 
 
 class ModelRefused(ValueError):

@@ -76,7 +76,9 @@ class GuidanceLogitsProcessor(LogitsProcessor):
 
         @wraps(apply_grammar)
         def keep_unmasked(logits: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-            self._unmasked = logits.clone() if self._slots else None
+            # A slot keeps its finished request until another takes it: a batch without guidance pays for no copy.
+            guided = any(not slot.request.finished for slot in self._slots.values())
+            self._unmasked = logits.clone() if guided else None
             apply_grammar(logits, *args, **kwargs)
 
         grammars.apply_grammar_bitmask = keep_unmasked
