@@ -1,4 +1,7 @@
-"""Triton's kernels on a GPU, torch elsewhere. Triton is imported at the first use: a CPU needs none."""
+"""Triton's kernels on a GPU, Numba's or torch elsewhere; either is imported at the first use."""
+
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -9,6 +12,18 @@ from steersman.kernels.arguments import Blended, BlendRows, RewardTerms
 def has_kernels(device: torch.device) -> bool:
     """Whether Triton's kernels run on this device."""
     return device.type == "cuda"
+
+
+@cache
+def has_numba() -> bool:
+    """Whether the CPU's own kernels can be compiled; vLLM brings Numba along."""
+    return find_spec("numba") is not None
+
+
+def compile_cpu_kernels() -> None:
+    """Compiles them, or loads them from the cache, which takes seconds: before a request waits for it."""
+    if has_numba():
+        from steersman.kernels import cpu  # noqa: F401
 
 
 def select_candidates(
@@ -29,10 +44,41 @@ def write_reranked(
     logits: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor, base: torch.Tensor, terms: RewardTerms,
     rewards: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """`kernels.rerank.reward_rerank` for rewards that are there already, [B, M, k] float32."""
-    from steersman.kernels.rerank import reward_rerank
+    """`kernels.rerank.reward_rerank` for rewards that are there already, [B, M, k] float32. rows, ids: int64."""
+    if has_kernels(logits.device):
+        from steersman.kernels.rerank import reward_rerank
 
-    return reward_rerank(logits, rows.int(), ids.int(), base.contiguous(), terms, rewards.contiguous())
+        return reward_rerank(logits, rows.int(), ids.int(), base.contiguous(), terms, rewards.contiguous())
+    if has_numba() and logits.is_contiguous() and logits.dtype is torch.float32:
+        from steersman.kernels import cpu
+
+        return cpu.reward_rerank(logits, rows, ids.contiguous(), base.contiguous(), terms, rewards.contiguous())
+    return reference.reward_rerank(logits, rows, ids, base, terms, rewards)
+
+
+def gather_outputs(
+    features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tokens: torch.Tensor
+) -> torch.Tensor:
+    """`kernels.gather.gather_outputs`: outputs of a linear layer for a few tokens of each row."""
+    if has_kernels(features.device):
+        from steersman.kernels import gather
+
+        return gather.gather_outputs(features, weight, bias, tokens.int())
+    if has_numba() and weight.dtype is torch.float32 and weight.is_contiguous() and not weight.requires_grad:
+        from steersman.kernels import cpu
+
+        return cpu.gather_outputs(features.float().contiguous(), weight, bias, tokens.contiguous())
+    return reference.gather_outputs(features, weight, bias, tokens)
+
+
+def compile_gather(weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Compiles what `gather_outputs` launches for a layer; nothing where there are no kernels."""
+    if not has_kernels(weight.device):
+        return
+    from steersman.kernels.production import output_layer_launches
+
+    for launch in output_layer_launches(weight.dtype, weight.shape[1], bias is not None).values():
+        launch.compile()
 
 
 def blend_policy(logits: torch.Tensor, policy: torch.Tensor, asked: BlendRows, samples: int) -> Blended:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 import triton
 
-from steersman.kernels import attention, blend, rerank, topk
+from steersman.kernels import attention, blend, gather, rerank, topk
 from steersman.kernels.arguments import Blended, BlendRows, RewardTerms
 from steersman.kernels.launch import Launch
 
@@ -27,7 +27,18 @@ def production_launches() -> dict[str, Launch]:
     for dtype in (torch.bfloat16, torch.float32):
         for width in (64, 128):
             launches |= attention_launches(dtype, width, heads=2, shared=7)
+    for dtype in (torch.bfloat16, torch.float32):
+        launches |= output_layer_launches(dtype, rank=1024, bias=False) | output_layer_launches(dtype, 129, bias=True)
     return launches
+
+
+def output_layer_launches(dtype: torch.dtype, rank: int, bias: bool) -> dict[str, Launch]:
+    """Those that compute outputs of a linear layer [V, rank] of this precision for a few tokens of each row."""
+    weight = _tensor(_PADDING, rank, dtype=dtype)
+    tokens, outputs = _tensor(_ROWS, 10, dtype=torch.int32), _tensor(_ROWS, 10)
+    own = _tensor(_PADDING, dtype=dtype) if bias else None
+    launch = gather.plan_launch(_tensor(_ROWS, rank), weight, own, tokens, outputs)
+    return {f"gather, R = {rank}, {_short(dtype)}{', bias' if bias else ''}": launch}
 
 
 def sampling_launches(vocabulary: int) -> dict[str, Launch]:

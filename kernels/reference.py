@@ -41,10 +41,11 @@ def add_rewards(base: torch.Tensor, bonus: torch.Tensor) -> torch.Tensor:
     base: [B, k] log π₀ up to a constant, -inf for a candidate that is masked. bonus: [B, k], β Σ w T(r), anything where
     a candidate is masked. A row with another score that is not finite, or without any candidate, is NaN.
     """
-    masked = base.isneginf()
+    masked = base == -torch.inf
     scores = torch.where(masked, base, base + bonus)
-    healthy = (masked | scores.isfinite()).all(dim=-1, keepdim=True) & ~masked.all(dim=-1, keepdim=True)
     scores = scores + (base.logsumexp(dim=-1, keepdim=True) - scores.logsumexp(dim=-1, keepdim=True))
+    # Any score that is not finite, and a row without a candidate, make others NaN or move the entries of -inf.
+    healthy = ((scores == -torch.inf) == masked).all(dim=-1, keepdim=True)
     return torch.where(healthy, scores, torch.nan)
 
 
@@ -121,6 +122,14 @@ def select_candidates(
     return ids, mask_beyond(values, limits), mask_beyond(logprobs, limits)
 
 
+def gather_outputs(
+    features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tokens: torch.Tensor
+) -> torch.Tensor:
+    """As `kernels.gather.gather_outputs`."""
+    outputs = torch.bmm(F.embedding(tokens, weight).float(), features.float().unsqueeze(-1)).squeeze(-1)
+    return outputs if bias is None else outputs + bias[tokens]
+
+
 def mask_beyond(values: torch.Tensor, limits: torch.Tensor | None) -> torch.Tensor:
     """values: [B, k]; -inf beyond the first `limits` [B, 1] of each row, or as they are where there are none."""
     if limits is None:
@@ -138,6 +147,15 @@ def write_candidates(logits: torch.Tensor, rows: torch.Tensor | None, ids: torch
     else:
         logits.index_fill_(0, rows, -torch.inf)
         logits.index_put_((rows.unsqueeze(-1), ids), scores)
+
+
+def find_peaks(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The log-sum-exp and the most likely token of each row, [G] each, in one look for the largest of [G, V]."""
+    largest, best = logits.max(dim=-1, keepdim=True)
+    # A row of -inf alone has that for its sum.
+    largest = largest.clamp(min=torch.finfo(logits.dtype).min, max=torch.finfo(logits.dtype).max)
+    total = (logits - largest).exp_().sum(dim=-1).log_() + largest.squeeze(-1)
+    return total, best.squeeze(-1)
 
 
 def blend_logits(base: torch.Tensor, policies: Sequence[torch.Tensor], coefficients: torch.Tensor) -> torch.Tensor:

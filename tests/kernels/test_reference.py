@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steersman.kernels.reference import select_candidates, write_candidates
+from steersman.kernels.reference import find_peaks, select_candidates, write_candidates
 
 
 @pytest.mark.parametrize("vocabulary", [300, 4099, 50257])
@@ -38,3 +38,16 @@ def test_only_the_chosen_rows_are_written() -> None:
     for row, wanted, values in zip(rows, ids, scores, strict=True):
         assert torch.equal(logits[row, wanted], values)
         assert int((logits[row] > -torch.inf).sum()) == 2
+
+
+def test_peaks_are_the_log_sum_exp_and_the_largest_of_each_row() -> None:
+    logits = 30 * torch.randn(6, 200)
+    logits[1, torch.randperm(200)[:150]] = -torch.inf
+    logits[2] = -torch.inf
+    logits[3, 7], logits[4, 9] = torch.nan, torch.inf
+    total, best = find_peaks(logits)
+    expected = logits.double().logsumexp(-1)
+    torch.testing.assert_close(total[:3].double(), expected[:3], rtol=0, atol=1e-4)
+    assert best[:2].tolist() == logits[:2].argmax(-1).tolist()
+    assert not bool(total[2:5].isfinite().any())
+    assert total[5] == pytest.approx(float(expected[5]), abs=1e-4)

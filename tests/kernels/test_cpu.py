@@ -1,0 +1,104 @@
+"""The CPU's own kernels, compiled by Numba, against the torch twins; what they are not made for goes to the twins."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from steersman.kernels import cpu, dispatch, reference
+from steersman.kernels.arguments import RewardTerms
+
+VOCABULARY = 120
+
+
+def _terms(lines: int, terms: int) -> RewardTerms:
+    strength = torch.randn(lines, terms)
+    strength[torch.rand(lines, terms) < 0.2] = 0.0
+    log_sigmoid = torch.randint(2, (lines, terms), dtype=torch.int32)
+    return RewardTerms(strength, torch.randn(lines, terms), torch.randn(lines, terms), log_sigmoid)
+
+
+def _ids(lines: int, k: int) -> torch.Tensor:
+    return torch.stack([torch.randperm(VOCABULARY)[:k] for _ in range(lines)])
+
+
+@pytest.mark.parametrize(("lines", "k", "terms"), [(1, 1, 1), (4, 10, 1), (7, 33, 4)])
+def test_rows_and_scores_are_the_twins(lines: int, k: int, terms: int) -> None:
+    logits, base = torch.randn(lines + 2, VOCABULARY), 3 * torch.randn(lines, k)
+    base[torch.rand(lines, k) < 0.2] = -torch.inf
+    base[:, 0] = 0.5
+    rows = torch.randperm(lines + 2)[:lines]
+    rows[-1] = -1 if lines > 1 else rows[-1]
+    ids, asked, rewards = _ids(lines, k), _terms(lines, terms), 2 * torch.randn(lines, terms, k)
+    rewards[(asked.strength == 0).unsqueeze(-1).expand_as(rewards)] = torch.nan
+    ours, twins = logits.clone(), logits.clone()
+    scores = cpu.reward_rerank(ours, rows, ids, base, asked, rewards)
+    expected = reference.reward_rerank(twins, rows, ids, base, asked, rewards)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours, twins, rtol=0, atol=2e-5)
+    untouched = sorted(set(range(lines + 2)) - set(rows.tolist()))
+    assert torch.equal(ours[untouched], logits[untouched])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_row_with_a_score_that_is_not_finite_stays_as_it_was(value: float) -> None:
+    line = random.randrange(3)
+    logits, base, rewards = torch.randn(3, VOCABULARY), torch.randn(3, 6), torch.randn(3, 1, 6)
+    rewards[line, 0, random.randrange(6)] = value
+    one = torch.ones(3, 1)
+    written = logits.clone()
+    terms = RewardTerms(one, one, torch.zeros(3, 1), torch.zeros(3, 1, dtype=torch.int32))
+    scores = cpu.reward_rerank(written, torch.arange(3), _ids(3, 6), base, terms, rewards)
+    assert scores.isnan().all(dim=-1).tolist() == [n == line for n in range(3)]
+    assert torch.equal(written[line], logits[line])
+    assert not torch.equal(written[(line + 1) % 3], logits[(line + 1) % 3])
+
+
+def test_a_row_without_a_candidate_stays_as_it_was() -> None:
+    logits, base = torch.randn(1, VOCABULARY), torch.full((1, 4), -torch.inf)
+    written, one = logits.clone(), torch.ones(1, 1)
+    terms = RewardTerms(one, one, one, torch.zeros(1, 1, dtype=torch.int32))
+    scores = cpu.reward_rerank(written, torch.tensor([0]), _ids(1, 4), base, terms, torch.randn(1, 1, 4))
+    assert bool(scores.isnan().all())
+    assert torch.equal(written, logits)
+
+
+def test_without_strength_candidates_keep_their_bits() -> None:
+    base, none = 5 * torch.randn(4, 9), torch.zeros(4, 1)
+    terms = RewardTerms(none, torch.ones(4, 1), none, torch.zeros(4, 1, dtype=torch.int32))
+    logits = torch.randn(4, VOCABULARY)
+    scores = cpu.reward_rerank(logits, torch.arange(4), _ids(4, 9), base, terms, torch.randn(4, 1, 9))
+    assert torch.equal(scores, base)
+
+
+@pytest.mark.parametrize(("kind", "uses_numba"), [("plain", True), ("strided", False), ("half", False)])
+def test_what_is_not_contiguous_float32_goes_to_the_twin(
+    kind: str, uses_numba: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+    own = cpu.reward_rerank
+    monkeypatch.setattr(cpu, "reward_rerank", lambda *given: called.append(1) or own(*given))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(dispatch, "has_kernels", lambda _: False)
+    logits = {
+        "plain": torch.randn(2, VOCABULARY),
+        "strided": torch.randn(2, VOCABULARY + 3)[:, :VOCABULARY],
+        "half": torch.randn(2, VOCABULARY).to(torch.bfloat16),
+    }[kind]
+    one, ids, base = torch.ones(2, 1), _ids(2, 5), torch.randn(2, 5)
+    terms = RewardTerms(one, one, one, torch.zeros(2, 1, dtype=torch.int32))
+    scores = dispatch.write_reranked(logits, torch.arange(2), ids, base, terms, torch.randn(2, 1, 5))
+    assert bool(called) is uses_numba
+    torch.testing.assert_close(logits.gather(1, ids).float(), scores, rtol=1e-2, atol=1e-2)
+    assert int((logits > -torch.inf).sum()) == 10
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_outputs_of_tokens_are_the_whole_layers(has_bias: bool) -> None:
+    features, weight = torch.randn(5, 77), torch.randn(VOCABULARY, 77)
+    bias, tokens = torch.randn(VOCABULARY) if has_bias else None, _ids(5, 8)
+    whole = features.double().numpy() @ weight.double().numpy().T
+    expected = np.take_along_axis(whole if bias is None else whole + bias.double().numpy(), tokens.numpy(), axis=1)
+    outputs = cpu.gather_outputs(features, weight, bias, tokens)
+    np.testing.assert_allclose(outputs.numpy(), expected, atol=1e-4)
