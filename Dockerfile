@@ -119,6 +119,7 @@ ENTRYPOINT ["tini", "--", "steersman"]
 # Eagerly: torch.compile needs a C++ compiler on a CPU, and there is none here.
 CMD ["serve", "/demo/models/base", "--served-model-name", "demo", "--host", "0.0.0.0", "--dtype", "float32", \
      "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "64", "--guidance-cache", "0.25", \
-     "--guidance-presets", "/demo/presets.yaml", "--reward-model", "helpful=/demo/models/reward-partial", \
-     "--reward-model", "swift=/demo/models/reward-vocabulary", "--reward-model", "full=/demo/models/reward-full", \
-     "--reward-model", "judge=/demo/models/reward-evaluation", "--policy", "dpo=/demo/models/dpo"]
+     "--guidance-presets", "/demo/presets.yaml", "--reward-model", "instant=/demo/models/reward-head", \
+     "--reward-model", "helpful=/demo/models/reward-partial", "--reward-model", "swift=/demo/models/reward-vocabulary", \
+     "--reward-model", "full=/demo/models/reward-full", "--reward-model", "judge=/demo/models/reward-evaluation", \
+     "--policy", "dpo=/demo/models/dpo", "--policy", "dpo-head=/demo/models/dpo-head"]

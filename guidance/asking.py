@@ -6,18 +6,22 @@ from dataclasses import dataclass
 
 import torch
 
+from steersman.guidance.auxiliary import TextTooLong, TextUnreadable
 from steersman.guidance.gates import certain_readers, may_open
+from steersman.guidance.head_models import HeadModel, HeadPolicy, HeadReward
 from steersman.guidance.plan import Formula
 from steersman.guidance.policies import Policy
-from steersman.guidance.readings import Readings
+from steersman.guidance.readings import OutputLayer, Readings
 from steersman.guidance.rewards import RewardModel, VocabularyReward
 from steersman.guidance.rows import LastTokens, Row
 from steersman.guidance.tokenizers import name_model
-from steersman.guidance.transfer import LateReads, to_device
-from steersman.guidance.work import Failure, Work
+from steersman.guidance.transfer import LateReads, take_rows, to_device
+from steersman.guidance.work import FAULTS, Failure, Fault, Misfit, Work
 
 logger = logging.getLogger(__name__)
 
+AnyReward = RewardModel | HeadReward
+AnyPolicy = Policy | HeadPolicy
 _Ask = Callable[[list[int]], tuple[torch.Tensor, list[int]]]
 """Places among the rows → answers [len(places), width] and the prefix tokens read for the first time."""
 
@@ -31,47 +35,99 @@ class _Ahead:
     logits: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The terms of one reward model."""
+
+    model: str
+    end_token: bool
+    lines: list[int]
+    """Rows that have them; `index` on the device, None where all do."""
+    index: torch.Tensor | None
+    places: torch.Tensor | None
+    """[n, 2]: row and term; None where every row has this one term only."""
+    tokens: list[int]
+    """That the model reads for each of the rows in one step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """Which model scores which rows' terms; the same in every step over the same formulas."""
+
+    terms: int
+    """Of the row that has most."""
+    parts: list[_Part]
+
+
 class Auxiliaries:
     """The reward models and policies of a runtime."""
 
     def __init__(
         self,
-        reward_models: Mapping[str, RewardModel],
-        policies: Mapping[str, Policy],
+        reward_models: Mapping[str, AnyReward],
+        policies: Mapping[str, AnyPolicy],
         eos_token_id: int | None,
         late: LateReads,
         work: Work,
     ) -> None:
-        self.reward_models = dict(reward_models)
-        self.policies = dict(policies)
-        self.readers: dict[str, Policy | VocabularyReward] = {
-            **self.policies,
-            **{name: model for name, model in self.reward_models.items() if isinstance(model, VocabularyReward)},
-        }
-        """Models that say something of every next token from the prefix alone."""
+        self.reward_models: dict[str, AnyReward] = {}
+        self.policies: dict[str, AnyPolicy] = {}
+        self.readers: dict[str, Policy | VocabularyReward] = {}
+        """Models that compute something for every next token from the prefix alone, in a forward of their own."""
+        self.heads: dict[str, HeadModel] = {}
+        """Models that compute it from the base's hidden state."""
+        self.scorers: dict[str, RewardModel] = {}
+        """Reward models that score texts by themselves."""
         self._eos_token_id = eos_token_id
         self._late = late
         self._work = work
         self._ahead: dict[str, _Ahead] = {}
+        self.changes = 0
+        """How often a model has come or gone."""
+        for reward_model in reward_models.values():
+            self._add_reward_model(reward_model)
+        for policy in policies.values():
+            self._add_policy(policy)
 
     @property
-    def by_name(self) -> dict[str, RewardModel | Policy]:
+    def by_name(self) -> dict[str, AnyReward | AnyPolicy]:
         """All reward models and policies; they share no name."""
         return {**self.reward_models, **self.policies}
 
-    def add(self, model: RewardModel | Policy) -> None:
-        """From the next step on it may be asked by its name."""
-        if isinstance(model, Policy):
-            self.policies[model.name] = model
+    def scores_every_token(self, name: str) -> bool:
+        """Whether a model has an output for every next token, and not for given candidates only."""
+        return name in self.readers or name in self.heads
+
+    def add(self, model: AnyReward | AnyPolicy) -> None:
+        """From the next step on requests may name it."""
+        if isinstance(model, Policy | HeadPolicy):
+            self._add_policy(model)
         else:
-            self.reward_models[model.name] = model
-        if isinstance(model, Policy | VocabularyReward):
+            self._add_reward_model(model)
+
+    def _add_policy(self, policy: AnyPolicy) -> None:
+        self.changes += 1
+        self.policies[policy.name] = policy
+        if isinstance(policy, HeadPolicy):
+            self.heads[policy.name] = policy
+        else:
+            self.readers[policy.name] = policy
+
+    def _add_reward_model(self, model: AnyReward) -> None:
+        self.changes += 1
+        self.reward_models[model.name] = model
+        if isinstance(model, HeadReward):
+            self.heads[model.name] = model
+        else:
+            self.scorers[model.name] = model
+        if isinstance(model, VocabularyReward):
             self.readers[model.name] = model
 
-    def remove(self, name: str) -> RewardModel | Policy:
+    def remove(self, name: str) -> AnyReward | AnyPolicy:
         """Takes a model out; no request that is still decoded may name it."""
-        self._ahead.pop(name, None)
-        self.readers.pop(name, None)
+        self.changes += 1
+        for known in (self._ahead, self.readers, self.heads, self.scorers):
+            known.pop(name, None)
         return self.policies.pop(name) if name in self.policies else self.reward_models.pop(name)
 
     def release(self, key: Hashable, tokens: Sequence[int] | None = None, failed: bool = False) -> None:
@@ -84,9 +140,10 @@ class Auxiliaries:
     def fail(self, row: Row, failure: Failure) -> None:
         """Ends the guidance of one row, for good."""
         if row.request.error is None:
-            row.request.error = failure.reason
+            row.request.error, row.request.fault = failure.reason, failure.fault
             self._work.count_failure(failure)
-            logger.warning("a guided request failed: %s", failure.reason)
+            level = logging.WARNING if failure.fault in FAULTS else logging.INFO
+            logger.log(level, "a guided request failed: %s", failure.reason)
         self.release(row.request.key, failed=True)
 
     def fail_where(self, rows: Sequence[Row], broken: torch.Tensor, explain: Callable[[int], Failure]) -> None:
@@ -94,6 +151,8 @@ class Auxiliaries:
         why for a place among the rows."""
 
         def use(flags: list[bool]) -> None:
+            if True not in flags:
+                return
             for place, flag in enumerate(flags):
                 if flag and not rows[place].request.finished:
                     self.fail(rows[place], explain(place))
@@ -140,9 +199,36 @@ class Auxiliaries:
             if row.request.error is None and not readings.has(name, row):
                 groups.setdefault(name, {})[row.index] = row
         for name, group in groups.items():
+            if name in self.heads:
+                self._read_head(readings, name, list(group.values()))
+                continue
             rest = self._take_ahead(readings, name, list(group.values()), last)
             if rest:
                 self._read_now(readings, name, rest, last)
+
+    def _read_head(self, readings: Readings, name: str, rows: list[Row]) -> None:
+        head = self.heads[name]
+        if readings.hidden is None:
+            failure = Failure(name, "raised", f"{name_model(head)} needs the base's hidden states, which are not there")
+            for row in rows:
+                self.fail(row, failure)
+            return
+        features = head.head.features(take_rows(readings.hidden, [row.index for row in rows]).to(head.head.device))
+        if head.adds_base:
+            # Rewards are looked at where they are combined; a distribution without numbers would pass for the base's.
+            rows, features = self._fail_not_finite(head, rows, features, ~features.isfinite().all(dim=-1))
+        if rows:
+            readings.add(name, rows, features, head.head, head.adds_base)
+
+    def _fail_not_finite(
+        self, model: AnyPolicy | AnyReward | HeadModel, rows: list[Row], outputs: torch.Tensor, broken: torch.Tensor
+    ) -> tuple[list[Row], torch.Tensor]:
+        """Fails the rows for which `broken` [len(rows)] bool holds; returns those that have not failed yet, and their
+        outputs."""
+        failure = Failure(model.name, "not_finite", f"{name_model(model)} returned logits that are not finite numbers")
+        self.fail_where(rows, broken, lambda _: failure)
+        good = [g for g, row in enumerate(rows) if row.request.error is None]
+        return [rows[g] for g in good], take_rows(outputs, good) if good else outputs[:0]
 
     def _take_ahead(self, readings: Readings, name: str, rows: list[Row], last: LastTokens) -> list[Row]:
         ahead = self._ahead.get(name)
@@ -151,9 +237,7 @@ class Auxiliaries:
         there = [row for row in rows if (row.request.key, len(row.prefix)) in ahead.lines]
         if there:
             lines = [ahead.lines[row.request.key, len(row.prefix)] for row in there]
-            whole = lines == list(range(len(ahead.logits)))
-            logits = ahead.logits if whole else ahead.logits[to_device(lines, ahead.logits.device)]
-            self._add(readings, name, there, logits, [0] * len(there), last)
+            self._add(readings, name, there, take_rows(ahead.logits, lines), [0] * len(there), last)
         return [row for row in rows if (row.request.key, len(row.prefix)) not in ahead.lines]
 
     def _read_now(self, readings: Readings, name: str, rows: list[Row], last: LastTokens) -> None:
@@ -176,14 +260,11 @@ class Auxiliaries:
         last: LastTokens,
     ) -> None:
         logits = self._spoil_unreadable(self.readers[name], rows, logits, last, readings.vocabulary)
-        failure = Failure(
-            name, "not_finite", f"{name_model(self.readers[name])} returned logits that are not finite numbers"
-        )
-        self.fail_where(rows, ~(logits < torch.inf).all(dim=-1), lambda _: failure)
-        good = [g for g, row in enumerate(rows) if row.request.error is None]
+        broken = ~(logits < torch.inf).all(dim=-1)
+        good, outputs = self._fail_not_finite(self.readers[name], rows, logits, broken)
         if good:
-            whole = len(good) == len(rows)
-            readings.add(name, [rows[g] for g in good], logits if whole else logits[to_device(good, logits.device)])
+            layer: OutputLayer | None = self.readers[name].layer
+            readings.add(name, good, outputs, layer)
         self._work.count("prompt", name, sum(caught_up))
         self._work.count("step", name, len(rows))
         for row, read_before in zip(rows, caught_up, strict=True):
@@ -192,65 +273,71 @@ class Auxiliaries:
             else:
                 row.request.count_reward_model(read_before + 1, row.caught_up(read_before))
 
-    def score(
-        self, rows: list[Row], formulas: list[Formula], ids: torch.Tensor, readings: Readings, last: LastTokens
-    ) -> torch.Tensor:
-        """Rewards [G, terms, k] float32 of every row's terms for the candidates `ids` [G, k] int64; NaN where there is
-        no term or it could not be scored."""
-        terms = max(len(formula.rewards) for formula in formulas)
+    def plan_scoring(self, formulas: Sequence[Formula], device: torch.device) -> Scoring:
+        """Which model scores which rows' terms, where the rows have these formulas, for `score`."""
         groups: dict[tuple[str, bool], list[tuple[int, int]]] = {}
         for g, formula in enumerate(formulas):
             for m, term in enumerate(formula.rewards):
                 groups.setdefault((term.model, formula.end_token), []).append((g, m))
-        rewards = None
+        terms = max(len(formula.rewards) for formula in formulas)
+        parts = []
         for (name, end_token), places in groups.items():
             lines = [g for g, _ in places]
-            candidates = ids if len(lines) == len(ids) else ids[to_device(lines, ids.device)]
-            asked = [rows[g] for g in lines]
-            if name in self.readers:
-                scored = self._look_up(readings, name, asked, candidates, last)
+            tokens = [self.reward_models[name].tokens_per_step(formulas[g]) for g in lines]
+            every = None if len(lines) == len(formulas) else to_device(lines, device)
+            at = None if terms == 1 and every is None else to_device(places, device)
+            parts.append(_Part(name, end_token, lines, every, at, tokens))
+        return Scoring(terms, parts)
+
+    def score(
+        self, rows: list[Row], scoring: Scoring, ids: torch.Tensor, readings: Readings, last: LastTokens
+    ) -> torch.Tensor:
+        """Rewards [G, terms, k] float32 of every row's terms for the candidates `ids` [G, k] int64; NaN where there is
+        no term or it could not be scored."""
+        rewards = None
+        for part in scoring.parts:
+            candidates = ids if part.index is None else ids[part.index]
+            asked = rows if part.index is None else [rows[g] for g in part.lines]
+            if self.scores_every_token(part.model):
+                scored = self._look_up(readings, part.model, asked, candidates, last)
             else:
-                tokens = [self.reward_models[name].tokens_per_step(formulas[g]) for g in lines]
-                scored = self._score_with(name, asked, candidates, end_token, tokens, last)
-                scored = self._spoil_unreadable(self.reward_models[name], asked, scored, last, readings.vocabulary)
-            if terms == 1 and len(places) == len(rows):
+                scored = self._score_with(part, asked, candidates, last)
+                scored = self._spoil_unreadable(
+                    self.reward_models[part.model], asked, scored, last, readings.vocabulary
+                )
+            if part.places is None:
                 return scored.unsqueeze(1)
             if rewards is None:
-                rewards = scored.new_full((len(rows), terms, ids.shape[1]), torch.nan)
-            at = to_device(places, rewards.device)
-            rewards[at[:, 0], at[:, 1]] = scored
+                rewards = scored.new_full((len(rows), scoring.terms, ids.shape[1]), torch.nan)
+            rewards[part.places[:, 0], part.places[:, 1]] = scored
         assert rewards is not None
         return rewards
 
     def _look_up(
         self, readings: Readings, name: str, rows: list[Row], candidates: torch.Tensor, last: LastTokens
     ) -> torch.Tensor:
-        self.read(readings, [(name, row) for row in rows], last)
+        if name in self.heads and not readings.has_any(name):
+            self._read_head(readings, name, rows)
+        else:
+            self.read(readings, [(name, row) for row in rows], last)
         known = [g for g, row in enumerate(rows) if readings.has(name, row)]
         if len(known) == len(rows):
-            return readings.gather(name, rows).to(candidates.device).gather(1, candidates)
+            return readings.gather_at(name, rows, candidates).to(candidates.device)
         scored = torch.full(candidates.shape, torch.nan, device=candidates.device)
         if known:
-            values = readings.gather(name, [rows[g] for g in known]).to(candidates.device)
-            scored[known] = values.gather(1, candidates[known])
+            values = readings.gather_at(name, [rows[g] for g in known], candidates[known])
+            scored[known] = values.to(candidates.device)
         return scored
 
-    def _score_with(
-        self,
-        name: str,
-        rows: list[Row],
-        candidates: torch.Tensor,
-        end_token: bool,
-        step_tokens: list[int],
-        last: LastTokens,
-    ) -> torch.Tensor:
-        model, end = self.reward_models[name], self._eos_token_id if end_token else None
+    def _score_with(self, part: _Part, rows: list[Row], candidates: torch.Tensor, last: LastTokens) -> torch.Tensor:
+        name, step_tokens = part.model, part.tokens
+        model, end = self.scorers[name], self._eos_token_id if part.end_token else None
         self._know_tokens(rows, model)
 
         def ask(places: list[int]) -> tuple[torch.Tensor, list[int]]:
-            part = [rows[g] for g in places]
-            chosen = candidates if len(part) == len(rows) else candidates[places]
-            return model.score([row.prefix for row in part], chosen, end, last.of(part))
+            own = [rows[g] for g in places]
+            chosen = candidates if len(own) == len(rows) else candidates[places]
+            return model.score([row.prefix for row in own], chosen, end, last.of(own))
 
         scored, read = self._ask(name, rows, ask, candidates.shape[1])
         # A model that scores text keeps nothing: what it reads is read again at every position.
@@ -261,7 +348,7 @@ class Auxiliaries:
         return scored.to(candidates.device)
 
     def _spoil_unreadable(
-        self, model: Policy | RewardModel, rows: list[Row], outputs: torch.Tensor, last: LastTokens, vocabulary: int
+        self, model: AnyPolicy | AnyReward, rows: list[Row], outputs: torch.Tensor, last: LastTokens, vocabulary: int
     ) -> torch.Tensor:
         """Fails the rows whose last token, which the host may not know yet, the model cannot read. Their outputs are
         NaN, so that the base decodes them until the host learns of it.
@@ -273,13 +360,14 @@ class Auxiliaries:
         unreadable = last.of(rows) >= model.vocabulary
         reason = (
             f"{name_model(model)} could not read the answer: it reads the token ids 0 to {model.vocabulary - 1}, and "
-            "the last token lies beyond"
+            "the last token lies beyond; keep the base to those with allowed_token_ids or logit_bias, or use a model "
+            "with as large a vocabulary as the base's"
         )
-        failure = Failure(model.name, "raised", reason)
+        failure = Failure(model.name, "unreadable", reason)
         self.fail_where(rows, unreadable, lambda _: failure)
         return outputs.masked_fill(unreadable.to(outputs.device).unsqueeze(-1), torch.nan)
 
-    def _know_tokens(self, rows: Sequence[Row], model: Policy | RewardModel) -> None:
+    def _know_tokens(self, rows: Sequence[Row], model: AnyPolicy | AnyReward) -> None:
         """A model that has to catch up reads tokens that the host may not know yet."""
         if not all(model.covers(row.request.key, len(row.prefix) - 1) for row in rows):
             self._late.settle(wait=True)
@@ -290,8 +378,7 @@ class Auxiliaries:
             return ask(list(range(len(rows))))
         except Exception as error:
             if len(rows) == 1:
-                reason = f"{name_model(self.by_name[name])} could not read the answer: {error}"
-                self.fail(rows[0], Failure(name, "raised", reason))
+                self.fail(rows[0], _blame(self.by_name[name], error))
                 return torch.full((1, width), torch.nan), [0]
         answers, read = [], []
         for g, row in enumerate(rows):
@@ -301,3 +388,11 @@ class Auxiliaries:
         widest = max(answer.shape[-1] for answer in answers)
         whole = [a if a.shape[-1] == widest else a.new_full((1, widest), torch.nan) for a in answers]
         return torch.cat([a.to(answers[0].device) for a in whole]), read
+
+
+def _blame(model: AnyReward | AnyPolicy, error: Exception) -> Failure:
+    """Why the guidance of a row ended, whose text a model could not read."""
+    if isinstance(error, TextTooLong):
+        return Failure(model.name, "too_long", str(error))
+    fault: Fault | Misfit = "unreadable" if isinstance(error, TextUnreadable) else "raised"
+    return Failure(model.name, fault, f"{name_model(model)} could not read the answer: {error}")

@@ -39,6 +39,14 @@ class Unscorable(RuntimeError):
     """One row that an auxiliary model cannot read; its neighbours can be."""
 
 
+class TextTooLong(Unscorable):
+    """The row's text is longer than the model's window."""
+
+
+class TextUnreadable(Unscorable):
+    """The row's text has no form that the model reads."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prefix:
     """A request's tokens so far. `key` identifies its cache."""
@@ -278,7 +286,7 @@ class CausalModel:
         """Raises Unscorable where the embedding has no row for one of the tokens."""
         token = find_unreadable(tokens, self.vocabulary)
         if token is not None:
-            raise Unscorable(f"{self.label} reads the token ids 0 to {self.vocabulary - 1}, the text holds {token}")
+            raise TextUnreadable(f"{self.label} reads the token ids 0 to {self.vocabulary - 1}, the text holds {token}")
 
     def covers(self, key: Hashable, length: int) -> bool:
         """Whether this key is admitted and its first `length` tokens are cached."""

@@ -9,6 +9,7 @@ import torch
 from steersman.guidance.auxiliary import CausalModel, Prefix
 from steersman.guidance.cache import PagedCache
 from steersman.guidance.checkpoints import find_language_head
+from steersman.guidance.readings import OutputLayer
 from steersman.guidance.verification import verify
 
 
@@ -57,17 +58,34 @@ class CachedModel(ABC):
 class NextTokenModel(CachedModel):
     """A causal language model that says something of every next token, from one new token a row."""
 
-    def __init__(self, model: Any, label: str, name: str, cache_bytes: int, max_rows: int) -> None:
-        super().__init__(CausalModel(model, label, cache_bytes, max_rows, find_language_head(model)), name)
+    def __init__(
+        self, model: Any, label: str, name: str, cache_bytes: int, max_rows: int, *, every_token: bool
+    ) -> None:
+        """every_token: whether outputs of all tokens are computed in the forward; else `layer` computes those that are
+        needed."""
+        head = find_language_head(model)
+        self.layer: OutputLayer | None = None if every_token else head
+        super().__init__(CausalModel(model, label, cache_bytes, max_rows, head if every_token else _keep), name)
+
+    def warm_up(self) -> None:
+        """See CausalModel.warm_up."""
+        super().warm_up()
+        if self.layer is not None:
+            self.layer.warm_up()
 
     @torch.inference_mode()
     def check(self) -> None:
         """See CachedModel.check."""
-        verify(self.model, self.vocabulary, branching=False)
+        verify(self.model, self.vocabulary, branching=False, finish=_keep if self.layer is None else self.layer.every)
 
     def read(self, prefixes: Sequence[Prefix], last: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
-        """See CausalModel.read: outputs [G, V of the model], one for every next token."""
+        """See CausalModel.read: outputs [G, V of the model], one for every next token, or features [G, D] of which
+        `layer` computes them."""
         return self.model.read(prefixes, last)
+
+
+def _keep(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
 
 
 def make_ready(model: Any) -> None:

@@ -1,10 +1,11 @@
 """Guidance by rewards: the base's k best candidates of every row are scored, and nothing else stays possible."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from steersman.guidance.asking import Auxiliaries
+from steersman.guidance.asking import Auxiliaries, Scoring
 from steersman.guidance.kl_budget import fit_budgets
 from steersman.guidance.plan import Formula
 from steersman.guidance.readings import Readings
@@ -12,20 +13,43 @@ from steersman.guidance.report import CandidateStep
 from steersman.guidance.rows import LastTokens, Steered
 from steersman.guidance.transfer import to_device
 from steersman.guidance.transforms import Combination, build_combination, explain_broken
-from steersman.guidance.vocabulary import blend_readings, find_index
+from steersman.guidance.vocabulary import blend_readings
 from steersman.guidance.work import Failure, Work
-from steersman.kernels.dispatch import has_kernels, select_candidates, write_reranked
+from steersman.kernels.dispatch import select_candidates, write_reranked
 from steersman.kernels.reference import add_rewards, write_candidates
 
 
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What depends on rows and formulas alone: the same in every step until a row comes or goes."""
+
+    key: list[tuple[int, int]]
+    formulas: list[Formula]
+    """Held so that the identities in `key` stay theirs."""
+    rows: torch.Tensor
+    """[G] int64: the rows' places in the logits."""
+    index: torch.Tensor | None
+    """The same; None where they are all, in order."""
+    k: int
+    limits: torch.Tensor | None
+    """[G, 1]: candidates of each row; None where each has k."""
+    scoring: Scoring
+    combination: Combination
+    has_policies: bool
+    has_budgets: bool
+    narrower: list[list[str]]
+    """Of each row, its models that have fewer tokens than the base's logits; empty where no row has any."""
+    widths: torch.Tensor | None
+    """[G, 1]: token ids below it can be read by all models of the row."""
+
+
 class CandidateSteering:
-    """Scores candidates with a runtime's models; keeps the reward terms of the last batch, which the next one often
-    shares."""
+    """Scores candidates with a runtime's models."""
 
     def __init__(self, models: Auxiliaries, work: Work) -> None:
         self._models = models
         self._work = work
-        self._combination: tuple[list[Formula], Combination] | None = None
+        self._layout: tuple[tuple[int, int, int], _Layout] | None = None
 
     def steer(
         self,
@@ -37,88 +61,97 @@ class CandidateSteering:
     ) -> None:
         """Leaves in each row of `logits` [B, V] its candidates' scores and -inf elsewhere; `biased` is what the
         candidates are chosen by, as in GuidanceRuntime.step."""
-        formulas = [s.formula for s in steered]
         with self._work.timing("candidates_seconds"):
-            index = find_index(logits, [s.row.index for s in steered])
-            base = logits if index is None else logits[index]
-            chosen_by = biased if biased is None or index is None else biased[index]
-            ids, values, base_logprobs = self._select(base, formulas, chosen_by)
+            layout = self._find_layout(logits, steered)
+            base = logits if layout.index is None else logits[layout.index]
+            chosen_by = biased if biased is None or layout.index is None else biased[layout.index]
+            ids, values, base_logprobs = _select(base, layout, chosen_by)
         with self._work.timing("rewards_seconds"):
-            rewards = self._models.score([s.row for s in steered], formulas, ids, readings, last)
+            rewards = self._models.score([s.row for s in steered], layout.scoring, ids, readings, last)
         with self._work.timing("writing_seconds"):
-            if any(formula.policies or formula.base != 1.0 for formula in formulas):
+            # In front of the policies, which give no probability to a token that they do not have either.
+            values = self._mask_unreadable(steered, layout, ids, values)
+            if layout.has_policies:
                 values = blend_readings(values, steered, readings, ids)
-            values = self._mask_unreadable(steered, ids, values, logits.shape[-1])
-            combination = self._find_combination(formulas, rewards.device)
-            if has_kernels(logits.device) and all(s.row.request.plan.kl_budget is None for s in steered):
-                every = to_device([s.row.index for s in steered], logits.device)
-                scores = write_reranked(logits, every, ids, values, combination.terms, rewards)
-                self._record(steered, CandidateStep(ids, base_logprobs, scores, rewards), [True] * len(steered))
-                self._fail_where(steered, scores.isnan().any(dim=-1), values, rewards)
+            if layout.has_budgets:
+                self._write_within_budgets(logits, steered, layout, CandidateStep(ids, base_logprobs, values, rewards))
                 return
-            scores = add_rewards(values, combination.combine(rewards))
-            broken = scores.isnan().any(dim=-1)
-            self._fail_where(steered, broken, values, rewards)
-            scores = fit_budgets(steered, scores, base_logprobs)
-            kept = (~broken).tolist()
-            self._record(steered, CandidateStep(ids, base_logprobs, scores, rewards), kept)
-            if not all(kept):
-                lines = to_device([line for line, good in enumerate(kept) if good], ids.device, torch.long)
-                index = to_device([s.row.index for s in steered], logits.device)[lines]
-                ids, scores = ids[lines], scores[lines]
-            write_candidates(logits, index, ids, scores)
+            scores = write_reranked(logits, layout.rows, ids, values, layout.combination.terms, rewards)
+            self._record(steered, CandidateStep(ids, base_logprobs, scores, rewards))
+            # A row that is broken is NaN as a whole.
+            self._fail_where(steered, scores[:, 0].isnan(), values, rewards)
 
-    def _select(
-        self, base: torch.Tensor, formulas: Sequence[Formula], biased: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ids, the base's logits and its log-probabilities [G, k] of the candidates, the latter among the tokens that
-        are not masked."""
-        k = min(max(formula.top_k for formula in formulas), base.shape[-1])
-        limits = None
-        if any(formula.top_k < k for formula in formulas):
-            limits = to_device([[formula.top_k] for formula in formulas], base.device)
-        if biased is None:
-            return select_candidates(base, k, limits)
-        ids, chosen, _ = select_candidates(biased, k, limits)
-        values = base.gather(1, ids).masked_fill(chosen.isneginf(), -torch.inf)
-        allowed = base.masked_fill(biased.isneginf(), -torch.inf)
-        return ids, values, values - allowed.logsumexp(dim=-1, keepdim=True)
+    def _write_within_budgets(
+        self, logits: torch.Tensor, steered: list[Steered], layout: _Layout, step: CandidateStep
+    ) -> None:
+        """As the rest, where rows have a KL budget, with which the host waits for the device. step: with the base's
+        logits of the candidates in the place of scores."""
+        scores = add_rewards(step.scores, layout.combination.combine(step.rewards))
+        broken = scores[:, 0].isnan()
+        self._fail_where(steered, broken, step.scores, step.rewards)
+        scores = fit_budgets(steered, scores, step.base_logprobs)
+        self._record(steered, replace(step, scores=scores))
+        kept = (~broken).nonzero().squeeze(-1)
+        write_candidates(logits, layout.rows[kept], step.ids[kept], scores[kept])
+
+    def _find_layout(self, logits: torch.Tensor, steered: list[Steered]) -> _Layout:
+        shape = (*logits.shape, self._models.changes)
+        key = [(s.row.index, id(s.formula)) for s in steered]
+        if self._layout is None or self._layout[0] != shape or self._layout[1].key != key:
+            self._layout = (shape, self._make_layout(logits, steered, key))
+        return self._layout[1]
+
+    def _make_layout(self, logits: torch.Tensor, steered: list[Steered], key: list[tuple[int, int]]) -> _Layout:
+        device, vocabulary = logits.device, logits.shape[-1]
+        formulas = [s.formula for s in steered]
+        k = min(max(formula.top_k for formula in formulas), vocabulary)
+        ragged = any(formula.top_k < k for formula in formulas)
+        known = self._models.find_narrower(vocabulary)
+        narrower = [[name for name in s.row.request.plan.models if name in known] for s in steered] if known else []
+        widths = [[min((known[name] for name in names), default=vocabulary)] for names in narrower]
+        rows = to_device([s.row.index for s in steered], device)
+        whole = [s.row.index for s in steered] == list(range(len(logits)))
+        return _Layout(
+            key,
+            formulas,
+            rows,
+            None if whole else rows,
+            k,
+            to_device([[formula.top_k] for formula in formulas], device) if ragged else None,
+            self._models.plan_scoring(formulas, device),
+            build_combination(formulas, device),
+            any(formula.policies or formula.base != 1.0 for formula in formulas),
+            any(s.row.request.plan.kl_budget is not None for s in steered),
+            narrower if any(narrower) else [],
+            to_device(widths, device) if any(narrower) else None,
+        )
 
     def _mask_unreadable(
-        self, steered: Sequence[Steered], ids: torch.Tensor, values: torch.Tensor, vocabulary: int
+        self, steered: Sequence[Steered], layout: _Layout, ids: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         """`values` [G, k] of the candidates `ids` with -inf where one of the row's own models cannot read the
         candidate, which the base's logits may be padded with: such a row has fewer candidates. One that has none left
         fails, and its values are NaN, so that the base decodes it until the host learns of it."""
-        narrower = self._models.find_narrower(vocabulary)
-        named = [[name for name in s.row.request.plan.models if name in narrower] for s in steered] if narrower else []
-        if not any(named):
+        if layout.widths is None:
             return values
-        limits = [[min((narrower[name] for name in names), default=vocabulary)] for names in named]
-        limit = to_device(limits, ids.device)
-        values = values.masked_fill(ids >= limit, -torch.inf)
-        empty = values.isneginf().all(dim=-1, keepdim=True) & (limit < vocabulary)
+        before, values = values, values.masked_fill(ids >= layout.widths, -torch.inf)
+        empty = values.isneginf().all(dim=-1, keepdim=True) & ~before.isneginf().all(dim=-1, keepdim=True)
 
         def explain(line: int) -> Failure:
-            name = min(named[line], key=narrower.__getitem__)
+            known = {name: self._models.by_name[name].vocabulary or 0 for name in layout.narrower[line]}
+            name = min(known, key=known.__getitem__)
             reason = (
                 f"none of the base's best {steered[line].formula.top_k} tokens is among the ids 0 to "
-                f"{narrower[name] - 1} that {name!r} reads; raise top_k"
+                f"{known[name] - 1} that {name!r} reads; raise top_k"
             )
-            return Failure(name, "raised", reason)
+            return Failure(name, "unreadable", reason)
 
         self._models.fail_where([s.row for s in steered], empty.squeeze(-1), explain)
         return values.masked_fill(empty, torch.nan)
 
-    def _find_combination(self, formulas: list[Formula], device: torch.device) -> Combination:
-        if self._combination is None or self._combination[0] != formulas:
-            self._combination = (formulas, build_combination(formulas, device))
-        return self._combination[1]
-
-    def _record(self, steered: Sequence[Steered], step: CandidateStep, kept: Sequence[bool]) -> None:
-        for line, (s, good) in enumerate(zip(steered, kept, strict=True)):
-            if good:
-                s.record(step, line)
+    def _record(self, steered: Sequence[Steered], step: CandidateStep) -> None:
+        for line, s in enumerate(steered):
+            s.record(step, line)
 
     def _fail_where(
         self, steered: Sequence[Steered], broken: torch.Tensor, values: torch.Tensor, rewards: torch.Tensor
@@ -127,3 +160,16 @@ class CandidateSteering:
             return explain_broken(steered[line].formula, values[line], rewards[line])
 
         self._models.fail_where([s.row for s in steered], broken, explain)
+
+
+def _select(
+    base: torch.Tensor, layout: _Layout, biased: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, the base's logits and its log-probabilities [G, k] of the candidates, the latter among the tokens that
+    are not masked."""
+    if biased is None:
+        return select_candidates(base, layout.k, layout.limits)
+    ids, chosen, _ = select_candidates(biased, layout.k, layout.limits)
+    values = base.gather(1, ids).masked_fill(chosen.isneginf(), -torch.inf)
+    allowed = base.masked_fill(biased.isneginf(), -torch.inf)
+    return ids, values, values - allowed.logsumexp(dim=-1, keepdim=True)

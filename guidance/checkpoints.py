@@ -1,6 +1,5 @@
 """What an auxiliary model's checkpoint and architecture must be like, and the refusal of those that are not."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from steersman.guidance.tokenizers import count_ids
 from steersman.guidance.weight_files import find_damage
+from steersman.kernels.dispatch import compile_gather, gather_outputs
 
 
 class ModelRefused(ValueError):
@@ -28,20 +28,48 @@ def find_head(model: torch.nn.Module) -> torch.nn.Module:
     return heads[0][1]
 
 
-def find_language_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The output layer and what some architectures do to logits after it."""
-    layer = find_head(model)
+class LanguageHead:
+    """A language model's output layer and what some architectures do to logits behind it: an OutputLayer."""
+
+    def __init__(self, layer: Any, scale: float, cap: float | None) -> None:
+        """layer: linear, weight [V, D]. Logits are multiplied by `scale`, then capped softly where there is a `cap`."""
+        self._layer = layer
+        self._scale = scale
+        self._cap = cap
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that it has a logit for."""
+        return int(self._layer.weight.shape[0])
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [..., D] → logits [..., V] in the layer's own precision."""
+        return self._finish(self._layer(hidden))
+
+    def every(self, features: torch.Tensor) -> torch.Tensor:
+        """The same in float32."""
+        return self(features.to(self._layer.weight.dtype)).float()
+
+    def at(self, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """hidden [G, D], tokens [G, k] int64 → their logits [G, k], computed in float32."""
+        bias = getattr(self._layer, "bias", None)
+        return self._finish(gather_outputs(features, self._layer.weight, bias, tokens))
+
+    def warm_up(self) -> None:
+        """Compiles on a GPU what `at` launches."""
+        compile_gather(self._layer.weight, getattr(self._layer, "bias", None))
+
+    def _finish(self, logits: torch.Tensor) -> torch.Tensor:
+        if self._scale != 1.0:
+            logits = logits * self._scale
+        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
+
+
+def find_language_head(model: Any) -> LanguageHead:
+    """The output layer of a causal language model; raises ModelRefused where there is not one."""
     config = model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-
-    def head(hidden: torch.Tensor) -> torch.Tensor:
-        logits = layer(hidden)
-        if scale != 1.0:
-            logits = logits * scale
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    return head
+    return LanguageHead(find_head(model), scale, getattr(config, "final_logit_softcapping", None))
 
 
 def find_window(config: Any) -> int:

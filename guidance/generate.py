@@ -1,12 +1,15 @@
 """Adapter for `transformers.generate`: the same guidance without a server."""
 
+import weakref
 from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from steersman.guidance.checkpoints import find_window
+from steersman.guidance.head_models import Drift, HeadModel, ServedBase, require_shape
 from steersman.guidance.plan import Plan, compile_plan
 from steersman.guidance.policies import load_policy
 from steersman.guidance.report import Report
@@ -14,7 +17,7 @@ from steersman.guidance.request import BestOfN, Blockwise, GuidanceError, parse_
 from steersman.guidance.reward_loading import load_reward_model
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
-from steersman.guidance.tokenizers import check_ids
+from steersman.guidance.tokenizers import check_ids, name_model
 
 _calls = count()
 
@@ -61,7 +64,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: PreTrainedModel,
         runtime: GuidanceRuntime,
         guidance: Mapping[str, Any] | Sequence[Mapping[str, Any] | None],
         attention_mask: torch.Tensor | None = None,
@@ -74,7 +77,14 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         self._plans = [None if g is None else _plan(runtime, g) for g in objects]
         self._call = next(_calls)
         self._own: torch.Tensor | None = None
-        self._hook = model.register_forward_hook(self._keep_logits)
+        self._hidden: torch.Tensor | None = None
+        named = {name for plan in self._plans if plan is not None for name in plan.models}
+        for name in sorted(named & runtime.models.heads.keys()):
+            prove_on(model, runtime.models.heads[name])
+        self._hooks = [
+            model.register_forward_hook(self._keep_logits),
+            model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden),
+        ]
         self._rows: list[Row | None] | None = None
         self._prompt_length = 0
 
@@ -103,7 +113,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             return scores
         changed = not torch.equal(logits, scores)
         change = (scores - logits).masked_fill(scores.isneginf(), -torch.inf) if changed else None
-        self.runtime.step(logits, live, biased=scores if changed else None)
+        self.runtime.step(logits, live, biased=scores if changed else None, hidden=self._hidden)
         guided = logits if change is None else logits + change
         index = torch.tensor([row.index for row in live], device=scores.device)
         return scores.index_copy(0, index, guided[index])
@@ -111,12 +121,16 @@ class GuidanceLogitsProcessor(LogitsProcessor):
     def _keep_logits(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
         self._own = output.logits[:, -1].detach()
 
+    def _keep_hidden(self, module: torch.nn.Module, inputs: Any) -> None:
+        self._hidden = inputs[0][:, -1].detach()
+
     def finish(self, sequences: torch.Tensor) -> list[Report | None]:
         """Releases the caches; what guidance did to each row of generate's result [B, L], None for unguided rows.
 
         Raises RuntimeError for a row that could not be scored.
         """
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         reports: list[Report | None] = []
         for row, sequence in zip(self._rows or (), sequences.tolist(), strict=True):
             response = self._response(sequence)
@@ -166,10 +180,30 @@ def _plan(runtime: GuidanceRuntime, value: Mapping[str, Any]) -> Plan:
     if (
         plan.reward_models
         and not plan.formula.has_candidates
-        and not set(plan.reward_models) <= set(runtime.models.readers)
+        and not all(map(runtime.models.scores_every_token, plan.reward_models))
     ):
         raise GuidanceError("guidance.top_k", "null needs reward models that return the reward of every next token")
     return plan
+
+
+@torch.inference_mode()
+def prove_on(model: PreTrainedModel, head: HeadModel) -> Drift:
+    """Compares a head's base with a transformers model, unless it was the last that the head was compared with. Returns
+    how far its outputs drift on the model; raises ModelRefused where it does not fit."""
+    if head.proven_on() is not model or head.drift is None:
+        config = model.config.get_text_config()
+        width = model.get_output_embeddings().out_features
+        served = ServedBase(config.hidden_size, config.num_hidden_layers, width, find_window(model.config))
+        require_shape(name_model(head), "this", head.base, served)
+        ends: list[torch.Tensor] = []
+        layer = model.get_output_embeddings()
+        with layer.register_forward_pre_hook(lambda _, inputs: ends.append(inputs[0][0, -1])):
+            for text in head.probe.texts:
+                model(torch.tensor([text], device=model.device), use_cache=False)
+        head.prove(torch.stack(ends))
+        head.proven_on = weakref.ref(model)
+    assert head.drift is not None
+    return head.drift
 
 
 def _spread(values: list[Any], rows: int, what: str) -> list[Any]:

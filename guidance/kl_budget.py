@@ -34,7 +34,8 @@ class Fitted:
 
 
 def fit_budgets(steered: Sequence[Steered], scores: torch.Tensor, base_logprobs: torch.Tensor) -> torch.Tensor:
-    """`scores` [G, C] with those rows weakened that have a budget; counts what they spend.
+    """`scores` [G, C] with those rows weakened that have a budget; counts what they spend. base_logprobs: as in
+    `fit_budget`.
 
     What is left of a budget is the host's: with one in the batch it waits for the device. A row of NaN spends nothing
     and stays as it is.

@@ -99,10 +99,10 @@ class Plan:
 
     method: str
     formula: Formula
-    below: Formula = Formula()
-    gate: Gate = Gate()
-    kl_budget: float | None = None
-    trace: bool = False
+    below: Formula
+    gate: Gate
+    kl_budget: float | None
+    trace: bool
 
     @cached_property
     def reward_models(self) -> tuple[str, ...]:

@@ -16,6 +16,8 @@ from steersman.guidance.checkpoints import (
     require_safetensors,
     require_vocabulary,
 )
+from steersman.guidance.head_files import POLICY, HeadCheckpoint, is_head
+from steersman.guidance.head_models import HeadPolicy, ServedBase, read_head_checkpoint
 from steersman.guidance.tokenizers import same_tokenizer, size_of
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -27,7 +29,7 @@ class Policy(NextTokenModel):
     kind = "policy"
 
     def __init__(self, model: Any, name: str, cache_bytes: int, max_rows: int = 64) -> None:
-        super().__init__(model, f"policy {name!r}", name, cache_bytes, max_rows)
+        super().__init__(model, f"policy {name!r}", name, cache_bytes, max_rows, every_token=True)
 
 
 def load_policy(
@@ -41,14 +43,16 @@ def load_policy(
     cache_bytes: int = 256 * 2**20,
     max_rows: int = 64,
     trust_remote_code: bool = False,
-) -> Policy:
-    """Loads a causal language model, or an adapter (LoRA and other kinds that peft can merge) over the base.
+    served: ServedBase | None = None,
+) -> Policy | HeadPolicy:
+    """Loads a causal language model, an adapter (LoRA and other kinds that peft can merge) over the base, or a head.
 
-    base_path: the base model's own checkpoint, which an adapter is merged into.
+    base_path: the base model's own checkpoint, which an adapter is merged into. served: the base
+    model, which the head of another one does not fit.
     Raises ModelRefused with the reason and the way out. Only safetensors are read.
     """
-    model = read_policy_checkpoint(name, path, base_path, base_tokenizer, dtype, trust_remote_code)
-    policy = Policy(model.to(device), name, cache_bytes, max_rows)
+    checkpoint = read_policy_checkpoint(name, path, base_path, base_tokenizer, dtype, trust_remote_code, served)
+    policy = build_policy(name, checkpoint, device, cache_bytes, max_rows, served)
     make_ready(policy)
     return policy
 
@@ -58,10 +62,14 @@ def read_policy_checkpoint(
     path: str,
     base_path: str,
     base_tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    served: ServedBase | None = None,
 ) -> Any:
-    """The part of loading that needs no device: the model on the host; raises as `load_policy` does."""
+    """The part of loading that needs no device: the model on the host, or a HeadCheckpoint; raises as `load_policy`
+    does."""
+    if is_head(path):
+        return read_head_checkpoint(f"policy {name!r}", path, POLICY, base_tokenizer, served)
     inspect_policy(name, path, base_path, base_tokenizer, trust_remote_code)
     options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     try:
@@ -79,11 +87,29 @@ def read_policy_checkpoint(
     return model
 
 
+def build_policy(
+    name: str,
+    checkpoint: Any,
+    device: torch.device | str,
+    cache_bytes: int,
+    max_rows: int,
+    served: ServedBase | None = None,
+) -> Policy | HeadPolicy:
+    """A policy of what `read_policy_checkpoint` gave, on its device, not captured and not checked yet; raises
+    ModelRefused."""
+    if isinstance(checkpoint, HeadCheckpoint):
+        return HeadPolicy(checkpoint, name, device, served)
+    return Policy(checkpoint.to(device), name, cache_bytes, max_rows)
+
+
 def inspect_policy(
-    name: str, path: str, base_path: str, base_tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
+    name: str, path: str, base_path: str, base_tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool
 ) -> None:
     """What can be said of a checkpoint without its weights; raises ModelRefused for what cannot be served."""
     label = f"policy {name!r}"
+    if is_head(path):
+        read_head_checkpoint(label, path, POLICY, base_tokenizer)
+        return
     adapter = is_adapter(path)
     require_safetensors(path, label, ADAPTER_CONFIG if adapter else "config.json")
     config = _read_config(label, base_path if adapter else path, trust_remote_code)

@@ -93,8 +93,7 @@ def reference_step(
         step = ReferenceStep(mix(base, policy, guidance.mix), base, True)
     else:
         step = closed
-    if step.guided and guidance.kl_budget is not None:
-        step = _weaken(step, left / 8)
+    step = _weaken(step, left / 8)
     return replace(step, doubt=min(doubt, step.doubt))
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from steersman.guidance.plan import Formula, Plan, RewardTerm, Transform
 from steersman.guidance.transfer import to_device
+from steersman.guidance.work import Fault, Misfit
 
 _BASE = Formula()
 _SUMMED = (
@@ -23,7 +25,7 @@ TRACED = 5
 """Candidates that a trace shows where the whole vocabulary is the support."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CandidateStep:
     """One step over the base's top k, shared by all of its rows."""
 
@@ -35,6 +37,12 @@ class CandidateStep:
     """[G, k] float32: log π up to a constant."""
     rewards: torch.Tensor
     """[G, terms, k] float32, as the reward models gave them."""
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The first three on a CPU: numpy takes a row out in a tenth of torch's time, and there are as many as
+        tokens."""
+        return self.ids.numpy(), self.base_logprobs.numpy(), self.scores.numpy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +56,8 @@ class VocabularyStep:
     base_total: torch.Tensor
     """[G] log-sum-exp of the base's logits."""
     guided_total: torch.Tensor
+    changed: torch.Tensor
+    """[G] bool: whether the most likely token is another one than the base's."""
     opened: torch.Tensor
     """[G] bool: whether the position's formula was decoded, and not what stands behind its gate."""
     rewards: torch.Tensor | None = None
@@ -55,18 +65,17 @@ class VocabularyStep:
 
     def choose(self, lines: Sequence[int], tokens: torch.Tensor) -> "ChosenStep":
         """What became of `lines` now that their tokens [len(lines)] int64 are known; asks the device for nothing."""
-        parts = [self.base, self.guided, self.base_total, self.guided_total, self.opened]
+        parts = [self.base, self.guided, self.base_total, self.guided_total, self.changed, self.opened]
         if list(lines) != list(range(len(self.base))):
             line = to_device(lines, self.base.device)
             parts = [part[line] for part in parts]
-        base, guided, base_total, guided_total, opened = parts
+        base, guided, base_total, guided_total, changed, opened = parts
         token = tokens.unsqueeze(-1)
         rewards = None
         if self.rewards is not None:
             rewards = self.rewards[to_device(lines, self.base.device), :, tokens]
         logprobs = guided.gather(1, token).squeeze(-1) - guided_total
         base_logprobs = base.gather(1, token).squeeze(-1) - base_total
-        changed = base.argmax(dim=-1) != guided.argmax(dim=-1)
         return ChosenStep(torch.stack((logprobs, base_logprobs, changed.float(), opened.float()), dim=-1), rewards)
 
     def trace(self, line: int, terms: Sequence[RewardTerm]) -> list[dict[str, Any]]:
@@ -150,18 +159,29 @@ class Report:
     """Σ KL(π‖π₀) over positions, nats, where there is a budget."""
     trace: list[dict[str, Any]] | None = None
     error: str | None = None
+    fault: Fault | Misfit | None = None
+    """Whose fault the error is."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Outcome:
-    """One position, whichever way it was decoded."""
+class _Outcomes:
+    """Positions that were guided, whichever way they were decoded; a column each."""
 
-    kl: float
-    truncation: float
+    places: list[int]
+    """Of the answer's tokens."""
+    kl: list[float]
+    truncation: list[float]
     """Of `kl`; 0 where the whole vocabulary is the support."""
-    changed: bool
-    candidates: list[dict[str, Any]]
-    formula: Formula
+    changed: list[bool]
+    formulas: list[Formula]
+    candidates: list[list[dict[str, Any]]]
+    """Empty lists without a trace."""
+
+    def __add__(self, other: "_Outcomes") -> "_Outcomes":
+        return _Outcomes(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+
+
+_NONE = _Outcomes([], [], [], [], [], [])
 
 
 def summarise(
@@ -171,18 +191,18 @@ def summarise(
     response: Sequence[int],
     kl_spent: float | None = None,
     error: str | None = None,
+    fault: Fault | Misfit | None = None,
 ) -> Report:
     """Reads the positions of `response`; later ones, computed ahead of a stop, are ignored."""
     used = [] if error is not None else list(positions[: len(response)])
-    outcomes = _candidate_outcomes(plan, used, response) | _vocabulary_outcomes(used)
-    sources = [_source_at(outcomes, n) for n in range(len(response))]
-    kl = float(sum(outcome.kl for outcome in outcomes.values()))
-    truncation = float(sum(outcome.truncation for outcome in outcomes.values()))
+    outcomes = _candidate_outcomes(plan, used, response) + _vocabulary_outcomes(used)
+    sources = _name_sources(outcomes, len(response))
+    kl, truncation = sum(outcomes.kl), sum(outcomes.truncation)
     return Report(
         method=plan.method,
         tokens=len(response),
-        guided_tokens=len(outcomes),
-        interventions=sum(outcome.changed for outcome in outcomes.values()),
+        guided_tokens=len(outcomes.places),
+        interventions=sum(outcomes.changed),
         kl=kl,
         kl_truncation=truncation,
         kl_steering=kl - truncation,
@@ -194,8 +214,9 @@ def summarise(
         sources=dict(Counter(sources)),
         switches=sum(before != after for before, after in pairwise(sources)),
         kl_spent=kl_spent,
-        trace=_trace(outcomes, response) if plan.trace else None,
+        trace=_trace(outcomes, sources, response) if plan.trace else None,
         error=error,
+        fault=fault,
     )
 
 
@@ -207,6 +228,7 @@ def merge_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for name in _SUMMED:
             merged[name] += report[name]
         merged["error"] = merged["error"] or report["error"]
+        merged["fault"] = merged["fault"] or report["fault"]
         merged["sources"] = _merge_sources(merged["sources"], report["sources"], merged["tokens"])
         merged["rewards"] = {
             name: value if value is not None else report["rewards"][name] for name, value in merged["rewards"].items()
@@ -229,38 +251,48 @@ def name_source(formula: Formula) -> str:
     return formula.policies[0].policy if alone else MIXTURE_SOURCE
 
 
-def _candidate_outcomes(plan: Plan, used: Sequence[Position], response: Sequence[int]) -> dict[int, _Outcome]:
+def _candidate_outcomes(plan: Plan, used: Sequence[Position], response: Sequence[int]) -> _Outcomes:
     places = [n for n, position in enumerate(used) if isinstance(position.step, CandidateStep)]
     if not places:
-        return {}
+        return _NONE
     steps = [(used[n].step, used[n].line) for n in places]
-    ids = _stack([step.ids[line] for step, line in steps])  # type: ignore[union-attr]
-    base = _stack([step.base_logprobs[line] for step, line in steps]).astype(np.float64)  # type: ignore[union-attr]
-    scores = _stack([step.scores[line] for step, line in steps]).astype(np.float64)  # type: ignore[union-attr]
+    ids, base, scores = _stack_rows(steps)  # type: ignore[arg-type]
     logprobs = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
     truncation = -np.logaddexp.reduce(np.where(scores > -np.inf, base, -np.inf), axis=1)
     chosen = ids == np.asarray([response[n] for n in places])[:, None]
     changed = scores.argmax(axis=1) != base.argmax(axis=1)
-    outcomes = {}
-    for row, n in enumerate(places):
-        if chosen[row].any():
-            column = int(chosen[row].argmax())
-            kl = float(logprobs[row, column] - base[row, column])
-            shown = _candidates(used[n], ids[row], base[row], logprobs[row]) if plan.trace else []
-            outcomes[n] = _Outcome(kl, float(truncation[row]), bool(changed[row]), shown, used[n].formula)
-    return outcomes
+    rows = chosen.any(axis=1).nonzero()[0]
+    columns = chosen[rows].argmax(axis=1)
+    kl = logprobs[rows, columns] - base[rows, columns]
+    guided = [places[row] for row in rows.tolist()]
+    return _Outcomes(
+        guided,
+        kl.tolist(),
+        truncation[rows].tolist(),
+        changed[rows].tolist(),
+        [used[n].formula for n in guided],
+        [
+            _candidates(used[n], ids[row], base[row], logprobs[row]) if plan.trace else []
+            for row, n in zip(rows.tolist(), guided, strict=True)
+        ],
+    )
 
 
-def _vocabulary_outcomes(used: Sequence[Position]) -> dict[int, _Outcome]:
+def _vocabulary_outcomes(used: Sequence[Position]) -> _Outcomes:
     chosen = [(n, p, p.step.values[p.line]) for n, p in enumerate(used) if isinstance(p.step, ChosenStep)]
     if not chosen:
-        return {}
+        return _NONE
+    outcomes = _Outcomes([], [], [], [], [], [])
     values = torch.stack([value for _, _, value in chosen]).tolist()
-    outcomes = {}
     for (n, position, _), (logprob, base_logprob, changed, opened) in zip(chosen, values, strict=True):
         formula = position.formula if opened else position.below
         if not formula.is_base:
-            outcomes[n] = _Outcome(logprob - base_logprob, 0.0, bool(changed), position.traced, formula)
+            outcomes.places.append(n)
+            outcomes.kl.append(logprob - base_logprob)
+            outcomes.truncation.append(0.0)
+            outcomes.changed.append(bool(changed))
+            outcomes.formulas.append(formula)
+            outcomes.candidates.append(position.traced)
     return outcomes
 
 
@@ -300,20 +332,27 @@ def _final_rewards(plan: Plan, used: Sequence[Position], response: Sequence[int]
     return last
 
 
-def _trace(outcomes: dict[int, _Outcome], response: Sequence[int]) -> list[dict[str, Any]]:
+def _trace(outcomes: _Outcomes, sources: Sequence[str], response: Sequence[int]) -> list[dict[str, Any]]:
+    lines = {n: line for line, n in enumerate(outcomes.places)}
     return [
         {
-            "token_id": response[n],
-            "candidates": outcomes[n].candidates if n in outcomes else [],
-            "kl": outcomes[n].kl if n in outcomes else 0.0,
-            "source": _source_at(outcomes, n),
+            "token_id": token,
+            "candidates": outcomes.candidates[lines[n]] if n in lines else [],
+            "kl": outcomes.kl[lines[n]] if n in lines else 0.0,
+            "source": sources[n],
         }
-        for n in range(len(response))
+        for n, token in enumerate(response)
     ]
 
 
-def _source_at(outcomes: Mapping[int, _Outcome], n: int) -> str:
-    return name_source(outcomes[n].formula) if n in outcomes else BASE_SOURCE
+def _name_sources(outcomes: _Outcomes, tokens: int) -> list[str]:
+    """The distribution that each token was sampled from."""
+    # An answer has two formulas at most, and a position holds the plan's own object.
+    names = {key: name_source(formula) for key, formula in {id(f): f for f in outcomes.formulas}.items()}
+    sources = [BASE_SOURCE] * tokens
+    for n, formula in zip(outcomes.places, outcomes.formulas, strict=True):
+        sources[n] = names[id(formula)]
+    return sources
 
 
 def _merge_sources(mine: Mapping[str, int], others: Mapping[str, int], tokens: int) -> dict[str, int]:
@@ -324,12 +363,25 @@ def _merge_sources(mine: Mapping[str, int], others: Mapping[str, int], tokens: i
     return {**guided, BASE_SOURCE: rest} if rest else dict(guided)
 
 
-def _stack(rows: list[torch.Tensor]) -> np.ndarray:
-    width = max(len(row) for row in rows)
-    if any(len(row) < width for row in rows):
-        rows = [torch.nn.functional.pad(row, (0, width - len(row)), value=_padding(row)) for row in rows]
-    return torch.stack(rows).cpu().numpy()
+def _stack_rows(steps: Sequence[tuple[CandidateStep, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids [n, k], log-probabilities and scores [n, k] float64 of one line of each step, in the width of the widest;
+    those that have fewer are filled up with what is no candidate."""
+    if steps[0][0].ids.device.type == "cpu":
+        found = [[step.arrays[part][line] for step, line in steps] for part in range(3)]
+    else:
+        parts = zip(*((s.ids[line], s.base_logprobs[line], s.scores[line]) for s, line in steps), strict=True)
+        found = [_copy_to_host(part) for part in parts]
+    ids, base, scores = (_stack(rows, padding) for rows, padding in zip(found, (-1, -np.inf, -np.inf), strict=True))
+    return ids, base.astype(np.float64), scores.astype(np.float64)
 
 
-def _padding(row: torch.Tensor) -> float:
-    return -torch.inf if row.is_floating_point() else -1
+def _copy_to_host(rows: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """In one copy."""
+    return list(np.split(torch.cat(list(rows)).cpu().numpy(), np.cumsum([row.shape[0] for row in rows])[:-1]))
+
+
+def _stack(rows: Sequence[np.ndarray], padding: float) -> np.ndarray:
+    width = max(row.shape[0] for row in rows)
+    if any(row.shape[0] < width for row in rows):
+        rows = [np.pad(row, (0, width - row.shape[0]), constant_values=padding) for row in rows]
+    return np.concatenate(rows).reshape(len(rows), width)

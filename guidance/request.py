@@ -58,6 +58,18 @@ class ModelNotLoaded(GuidanceError):
     """A request names a reward model, policy or preset that the server does not have."""
 
 
+class TooLong(GuidanceError):
+    """A prompt, or a prompt with its answer, is longer than an auxiliary model's window."""
+
+
+class UnscorableText(GuidanceError):
+    """A prompt with a response that a reward model cannot score, and the reason."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(field, f"cannot be scored: {reason}")
+        self.reason = reason
+
+
 class UnreadableToken(GuidanceError):
     """A prompt or a response holds a token id that an auxiliary model cannot read."""
 

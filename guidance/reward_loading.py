@@ -27,6 +27,8 @@ from steersman.guidance.checkpoints import (
     require_safetensors,
     require_vocabulary,
 )
+from steersman.guidance.head_files import REWARD, HeadCheckpoint, is_head
+from steersman.guidance.head_models import HeadReward, ServedBase, read_head_checkpoint
 from steersman.guidance.rewards import CausalReward, RewardModel, VocabularyReward
 from steersman.guidance.text_form import TextForm, choose_form
 from steersman.guidance.text_reward import TextReward
@@ -58,18 +60,30 @@ def load_reward_model(
     max_rows: int = 64,
     trust_remote_code: bool = False,
     template: str | None = None,
-) -> RewardModel:
+    served: ServedBase | None = None,
+) -> RewardModel | HeadReward:
     """Loads a checkpoint from a folder or the hub and picks its path: over a cache when it is causal and shares the
     base's tokenizer, with a vocabulary head when it says that it has one, else from text.
 
     max_rows: rows that one forward is laid out for; more are scored in several. template: how a model that is scored
-    from text reads its input, see `choose_form`.
+    from text reads its input, see `choose_form`. served: the base model, which the head of another one does not fit.
 
     Raises ModelRefused with the reason and the way out. Only safetensors are read.
     """
-    checkpoint = read_reward_checkpoint(name, path, base_tokenizer, dtype, trust_remote_code, template)
-    model = build_reward_model(name, checkpoint, base_tokenizer, device, cache_bytes, max_rows)
+    checkpoint = read_reward_checkpoint(name, path, base_tokenizer, dtype, trust_remote_code, template, served)
+    model = build_reward_model(name, checkpoint, base_tokenizer, device, cache_bytes, max_rows, served)
     make_ready(model)
+    return model
+
+
+def load_scorer(name: str, path: str, base_tokenizer: PreTrainedTokenizerBase, **options: Any) -> RewardModel:
+    """As `load_reward_model`, for a reward model that scores texts by itself: raises ModelRefused for a head."""
+    model = load_reward_model(name, path, base_tokenizer, **options)
+    if isinstance(model, HeadReward):
+        raise ModelRefused(
+            f"reward model {name!r}: {path} is a head, which scores nothing without its base model; use a reward model "
+            "of its own"
+        )
     return model
 
 
@@ -80,8 +94,11 @@ def read_reward_checkpoint(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     template: str | None = None,
+    served: ServedBase | None = None,
 ) -> RewardCheckpoint:
     """The part of loading that needs no device; raises as `load_reward_model` does."""
+    if is_head(path):
+        return RewardCheckpoint(HeadReward.kind, _read_head(name, path, base_tokenizer, template, served), None)
     config, tokenizer, kind = inspect_checkpoint(name, path, base_tokenizer, trust_remote_code, template)
     family = AutoModelForCausalLM if kind == VocabularyReward.kind else AutoModelForSequenceClassification
     try:
@@ -118,8 +135,11 @@ def build_reward_model(
     device: torch.device | str,
     cache_bytes: int,
     max_rows: int,
-) -> RewardModel:
+    served: ServedBase | None = None,
+) -> RewardModel | HeadReward:
     """A reward model on its device, not captured and not checked yet; raises ModelRefused."""
+    if checkpoint.kind == HeadReward.kind:
+        return HeadReward(checkpoint.model, name, device, served)
     model = checkpoint.model.to(device)
     if checkpoint.kind == CausalReward.kind:
         return CausalReward(model, name, cache_bytes, max_rows)
@@ -134,6 +154,20 @@ def build_reward_model(
     assert checkpoint.tokenizer is not None
     assert checkpoint.form is not None
     return TextReward(model, name, checkpoint.tokenizer, checkpoint.form, decode=_text_decoder(base_tokenizer))
+
+
+def inspect_reward_model(
+    name: str,
+    path: str,
+    base_tokenizer: PreTrainedTokenizerBase,
+    trust_remote_code: bool = False,
+    template: str | None = None,
+) -> None:
+    """Raises ModelRefused for a checkpoint that cannot be served, as far as it shows without loading a model."""
+    if is_head(path):
+        _read_head(name, path, base_tokenizer, template, None)
+    else:
+        inspect_checkpoint(name, path, base_tokenizer, trust_remote_code, template)
 
 
 def inspect_checkpoint(
@@ -168,14 +202,29 @@ def inspect_checkpoint(
         kind = CausalReward.kind if shared and is_causal(config) else TextReward.kind
     if kind != TextReward.kind:
         require_vocabulary(f"reward model {name!r}", path, declared_vocabulary(config), base_tokenizer)
-        if template is not None:
-            raise ModelRefused(
-                f"--reward-template {name}: this model reads the base's own tokens, with the base's chat template; "
-                "leave the flag out"
-            )
+        _refuse_template(name, template)
     else:
         choose_form(name, config, tokenizer, template)
     return config, tokenizer, kind
+
+
+def _read_head(
+    name: str,
+    path: str,
+    base_tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    served: ServedBase | None,
+) -> HeadCheckpoint:
+    _refuse_template(name, template)
+    return read_head_checkpoint(f"reward model {name!r}", path, REWARD, base_tokenizer, served)
+
+
+def _refuse_template(name: str, template: str | None) -> None:
+    if template is not None:
+        raise ModelRefused(
+            f"--reward-template {name}: this model reads the base's own tokens, with the base's chat template; "
+            "leave the flag out"
+        )
 
 
 def _require_reward_head(name: str, path: str | Path, config: Any) -> None:

@@ -181,7 +181,8 @@ class VocabularyReward(_CachedReward, NextTokenModel):
     kind = "vocabulary"
 
     def __init__(self, model: Any, name: str, cache_bytes: int, max_rows: int = 64) -> None:
-        NextTokenModel.__init__(self, model, f"reward model {name!r}", name, cache_bytes, max_rows)
+        label = f"reward model {name!r}"
+        NextTokenModel.__init__(self, model, label, name, cache_bytes, max_rows, every_token=False)
 
     def tokens_per_step(self, formula: Formula) -> int:
         """See RewardModel.tokens_per_step."""
@@ -195,8 +196,8 @@ class VocabularyReward(_CachedReward, NextTokenModel):
         last: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[int]]:
         """See RewardModel.score; there is no end token behind a candidate."""
-        rewards, read = self.read(prefixes, last)
-        return rewards.gather(1, candidates.to(rewards.device).clamp(max=self.vocabulary - 1)), read
+        hidden, read = self.read(prefixes, last)
+        return self._rewards(hidden, candidates.to(hidden.device).clamp(max=self.vocabulary - 1)), read
 
     @torch.inference_mode()
     def score_text(
@@ -206,7 +207,7 @@ class VocabularyReward(_CachedReward, NextTokenModel):
         before = self.model.read_text([*prompt, *response])[len(prompt) + start - 1 : -1]
         tokens = torch.tensor(response[start:], device=before.device).unsqueeze(-1)
         parts = zip(before.split(_TEXT_CHUNK), tokens.split(_TEXT_CHUNK), strict=True)
-        return [float(r) for hidden, token in parts for r in self.model.head(hidden).float().gather(1, token)[:, 0]]
+        return [float(r) for hidden, token in parts for r in self._rewards(hidden, token)[:, 0]]
 
     @torch.inference_mode()
     def score_answers(
@@ -216,4 +217,10 @@ class VocabularyReward(_CachedReward, NextTokenModel):
         last = [response[-1] for response in responses]
         self.model.require_readable(last)
         outputs, read = self._read_answers(prompt, [Prefix(object(), prompt, response[:-1]) for response in responses])
-        return outputs.gather(1, torch.tensor(last, device=outputs.device).unsqueeze(-1))[:, 0].tolist(), read
+        tokens = torch.tensor(last, device=outputs.device).unsqueeze(-1)
+        return self._rewards(outputs, tokens)[:, 0].tolist(), read
+
+    def _rewards(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Of tokens [G, k] behind the hidden states [G, D]: [G, k] float32."""
+        assert self.layer is not None
+        return self.layer.at(hidden, tokens)

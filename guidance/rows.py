@@ -1,7 +1,8 @@
 """Requests while they are decoded, and the rows of a batch that stand for them."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -9,7 +10,8 @@ from steersman.guidance.auxiliary import Prefix
 from steersman.guidance.plan import Formula, KLCondition, Plan
 from steersman.guidance.report import CandidateStep, Counts, Position, VocabularyStep
 from steersman.guidance.text_form import Source
-from steersman.guidance.transfer import to_device
+from steersman.guidance.transfer import take_rows, to_device
+from steersman.guidance.work import Fault, Misfit
 
 
 @dataclass
@@ -32,6 +34,9 @@ class GuidedRequest:
     saved_reward_model_tokens: int = 0
     saved_policy_tokens: int = 0
     error: str | None = None
+    """Why its guidance has ended."""
+    fault: Fault | Misfit | None = None
+    """Whose fault that is, where there is an error."""
     finished: bool = False
     """Reported on and released; a row that is still in the batch for a moment is no longer guided."""
 
@@ -77,6 +82,11 @@ class Row:
         """The tokens so far, as auxiliary models take them."""
         return Prefix(self.request.key, self.prompt, self.output, self.request.source)
 
+    @property
+    def last_token(self) -> int:
+        """The last of the tokens so far."""
+        return self.output[-1] if self.output else self.prompt[-1]
+
     def caught_up(self, read: int) -> int:
         """How many of the `read` tokens before the last one are the answer's own."""
         return min(read, max(0, len(self.output) - 1))
@@ -102,34 +112,54 @@ class Steered:
 class LastTokens:
     """The last token of every row of a step, on the device."""
 
-    def __init__(self, rows: Sequence[Row], tokens: torch.Tensor) -> None:
-        """tokens: [len(rows)] int64."""
-        self.tokens = tokens
-        self._places = {row.index: place for place, row in enumerate(rows)}
+    def __init__(self, rows: Sequence[Row], tokens: Callable[[], torch.Tensor]) -> None:
+        """tokens: returns [len(rows)] int64; called at most once, and not at all where no model reads a token."""
+        self._compute = tokens
+        self._rows = rows
+
+    @cached_property
+    def tokens(self) -> torch.Tensor:
+        """[rows] int64."""
+        return self._compute()
 
     def of(self, rows: Sequence[Row]) -> torch.Tensor:
         """Those of some of the rows, [len(rows)] int64."""
-        places = [self._places[row.index] for row in rows]
-        whole = places == list(range(len(self.tokens)))
-        return self.tokens if whole else self.tokens[to_device(places, self.tokens.device)]
+        places = self._places
+        return take_rows(self.tokens, [places[row.index] for row in rows])
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        return {row.index: place for place, row in enumerate(self._rows)}
 
 
-def begin_positions(rows: Sequence[Row], last: torch.Tensor) -> None:
-    """Opens the record of this step in every request; `last` [len(rows)] int64 are the tokens that it follows.
+def begin_positions(rows: Sequence[Row], last: LastTokens) -> None:
+    """Opens the record of this step in every request; `last` are the tokens that it follows.
 
     A position that is scored again replaces what was recorded.
     """
+    waiting = []
+    for row in rows:
+        positions, position = row.request.positions, row.position
+        if len(positions) != position:
+            _wind_to(row, position)
+        if positions and isinstance(positions[-1].step, VocabularyStep):
+            waiting.append(row)
+    if waiting:
+        _choose_tokens([row.request for row in waiting], last.of(waiting))
     for row in rows:
         request = row.request
-        del request.positions[row.position :]
-        del request.spent[row.position :]
-        if len(request.positions) < row.position:
-            _resume(row)
-    _choose_tokens([row.request for row in rows], last)
-    for row in rows:
-        row.request.positions.append(Position())
-        if row.request.plan.kl_budget is not None:
-            row.request.spent.append(0.0)
+        request.positions.append(Position())
+        if request.plan.kl_budget is not None:
+            request.spent.append(0.0)
+
+
+def _wind_to(row: Row, position: int) -> None:
+    """Makes a request's record end in front of `position`."""
+    request = row.request
+    del request.positions[position:]
+    del request.spent[position:]
+    if len(request.positions) < position:
+        _resume(row)
 
 
 def _resume(row: Row) -> None:

@@ -11,22 +11,22 @@ learned a step late, and until then the base decodes the row. What waits for the
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from steersman.guidance.asking import Auxiliaries
+from steersman.guidance.asking import AnyPolicy, AnyReward, Auxiliaries
 from steersman.guidance.candidates import CandidateSteering
 from steersman.guidance.gates import can_defer, closed_by_kl, may_open, open_by_entropy
+from steersman.guidance.hidden_states import HiddenStateStore
 from steersman.guidance.overlap import SameStream, SideStream
 from steersman.guidance.plan import Plan
-from steersman.guidance.policies import Policy
 from steersman.guidance.readings import Readings
 from steersman.guidance.report import Report, summarise
-from steersman.guidance.rewards import RewardModel
 from steersman.guidance.rows import GuidedRequest, LastTokens, Row, Steered, begin_positions, choose_last_token
 from steersman.guidance.text_form import Source
-from steersman.guidance.transfer import HostCopy, LateReads, copy_to_host, to_device
+from steersman.guidance.transfer import HostCopy, LateReads, copy_to_host, take_rows, to_device
 from steersman.guidance.vocabulary import steer_vocabulary
 from steersman.guidance.work import Work
 from steersman.kernels.dispatch import has_kernels
@@ -40,9 +40,9 @@ class GuidanceRuntime:
 
     def __init__(
         self,
-        reward_models: Mapping[str, RewardModel],
+        reward_models: Mapping[str, AnyReward],
         eos_token_id: int | None,
-        policies: Mapping[str, Policy] | None = None,
+        policies: Mapping[str, AnyPolicy] | None = None,
         side: SideStream | None = None,
         copy: Callable[[torch.Tensor], HostCopy] = copy_to_host,
     ) -> None:
@@ -55,28 +55,38 @@ class GuidanceRuntime:
         self.eos_token_id = eos_token_id
         self._candidates = CandidateSteering(self.models, self.work)
         self._requests: OrderedDict[Hashable, GuidedRequest] = OrderedDict()
+        self.hidden_states = HiddenStateStore()
+        """Of texts that heads score."""
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Entered around whatever runs a model; a server watches it."""
+        return nullcontext()
+
+    def measured_step(self) -> AbstractContextManager[None]:
+        """Entered around each step; a server measures it."""
+        return nullcontext()
 
     @property
-    def reward_models(self) -> dict[str, RewardModel]:
+    def reward_models(self) -> dict[str, AnyReward]:
         """By name."""
         return self.models.reward_models
 
     @property
-    def policies(self) -> dict[str, Policy]:
+    def policies(self) -> dict[str, AnyPolicy]:
         """By name."""
         return self.models.policies
 
-    def add(self, model: RewardModel | Policy) -> None:
+    def add(self, model: AnyReward | AnyPolicy) -> None:
         """Requests that start from now on may name the model."""
         self.models.add(model)
 
-    def remove(self, name: str) -> RewardModel | Policy:
+    def remove(self, name: str) -> AnyReward | AnyPolicy:
         """Takes out a model that no live request uses; the caller holds the last of it. A request that named it, and
         is still known for a moment, is guided no more."""
         self.settle(wait=True)
         for request in self._requests.values():
             if request.error is None and name in request.plan.models:
-                request.error = f"{name!r} was unloaded"
+                request.error, request.fault = f"{name!r} was unloaded", "raised"
         return self.models.remove(name)
 
     def start(
@@ -98,15 +108,18 @@ class GuidanceRuntime:
 
     def finish(self, key: Hashable, response: Sequence[int]) -> Report | None:
         """Frees everything the request holds and reports on the `response` tokens; None if the key is unknown."""
-        self.settle(wait=True)
-        self.models.release(key)
-        request = self._requests.pop(key, None)
-        if request is None:
-            return None
-        request.finished = True
-        choose_last_token(request, response)
-        spent = None if request.plan.kl_budget is None else sum(request.spent)
-        return summarise(request.plan, request.positions, request.counts, response, spent, request.error)
+        with self.turn():
+            self.settle(wait=True)
+            self.models.release(key)
+            request = self._requests.pop(key, None)
+            if request is None:
+                return None
+            request.finished = True
+            choose_last_token(request, response)
+            spent = None if request.plan.kl_budget is None else sum(request.spent)
+            return summarise(
+                *(request.plan, request.positions, request.counts, response, spent, request.error, request.fault)
+            )
 
     def score_text(
         self,
@@ -117,19 +130,21 @@ class GuidanceRuntime:
         source: Source | None = None,
     ) -> list[float]:
         """A reward model's value after each token of `response` from index `start` on."""
-        self.settle()
-        rewards = self.reward_models[name].score_text(prompt, response, start, source)
-        self.work.count("score", name, len(prompt) + len(response))
-        return rewards
+        with self.turn():
+            self.settle()
+            rewards = self.models.scorers[name].score_text(prompt, response, start, source)
+            self.work.count("score", name, len(prompt) + len(response))
+            return rewards
 
     def score_answers(
         self, name: str, prompt: Sequence[int], responses: Sequence[Sequence[int]], source: Source | None = None
     ) -> tuple[list[float], int]:
         """A reward model's value at the end of each response, and the tokens that it read for all of them."""
-        self.settle()
-        rewards, read = self.reward_models[name].score_answers(prompt, responses, source)
-        self.work.count("score", name, read)
-        return rewards, read
+        with self.turn():
+            self.settle()
+            rewards, read = self.models.scorers[name].score_answers(prompt, responses, source)
+            self.work.count("score", name, read)
+            return rewards, read
 
     def settle(self, wait: bool = False) -> None:
         """Before caches change hands: puts what comes after behind all work that was read ahead, and uses the values
@@ -146,41 +161,61 @@ class GuidanceRuntime:
 
         fed: gives the rows' last tokens, [len(rows)] int64 on the device. A row whose step does not come is no harm.
         """
-        groups = self.models.plan_ahead(rows)
-        if groups:
-            with self._side.fork():
-                self.models.read_ahead(groups, LastTokens(rows, fed()))
+        with self.turn():
+            groups = self.models.plan_ahead(rows)
+            if groups:
+                with self._side.fork():
+                    self.models.read_ahead(groups, LastTokens(rows, fed))
 
     @torch.inference_mode()
+    def score_hidden(self, name: str, key: Hashable, tokens: Sequence[int]) -> list[float]:
+        """A reward head's outputs for `tokens`, each behind the position of the text `key` whose hidden state was kept
+        for it; raises as HiddenStateStore.take does."""
+        hidden = self.hidden_states.take(key)
+        head = self.models.heads[name].head
+        features = head.features(hidden.to(head.device))
+        values: list[float] = head.at(features, to_device(tokens, features.device).unsqueeze(-1)).squeeze(-1).tolist()
+        return values
+
     def step(
         self,
         logits: torch.Tensor,
         rows: Sequence[Row],
         fed: torch.Tensor | None = None,
         biased: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
     ) -> None:
         """Writes guided logits into `logits` [B, V] float32 for `rows`; every other row keeps its bits.
 
         logits: the base model's own, before anything that a client does to them. fed: [B] int64 on the logits' device,
         the last token of every row of the batch, where the device knows them before the host. biased: [B, V] float32,
         the same logits after a grammar, bans and biases, -inf where a token is masked; None where no row has any.
+        hidden: [B, D], the base's hidden states that the logits were computed from, which heads need.
         Candidates are chosen by `biased`, and masks hold; biases and penalties are left to whoever samples, who applies
         them to what is written here. Scoring a position again is harmless. A row that cannot be scored fails alone: its
         request is marked, and the end token is forced so that it stops soon.
         """
-        self.settle()
-        live = [row for row in rows if row.request.error is None and not row.request.finished]
-        if live:
-            self._guide(logits, live, _last_tokens(logits, live, fed), biased)
-        self.models.forget_ahead()
-        failed = [row.index for row in rows if row.request.error is not None]
-        if failed:
-            self._force_end(logits, failed, logits if biased is None else biased)
+        with self.turn(), self.measured_step(), _inference():
+            self.settle()
+            live = [row for row in rows if row.request.error is None and not row.request.finished]
+            if live:
+                readings = Readings(logits.shape[-1], logits, hidden)
+                self._guide(logits, live, readings, _last_tokens(logits, live, fed), biased)
+            self.models.forget_ahead()
+            failed = [row.index for row in rows if row.request.error is not None]
+            if failed:
+                self._force_end(logits, failed, logits if biased is None else biased)
 
-    def _guide(self, logits: torch.Tensor, rows: list[Row], last: LastTokens, biased: torch.Tensor | None) -> None:
+    def _guide(
+        self,
+        logits: torch.Tensor,
+        rows: list[Row],
+        readings: Readings,
+        last: LastTokens,
+        biased: torch.Tensor | None,
+    ) -> None:
         with self.work.timing("writing_seconds"):
-            begin_positions(rows, last.tokens)
-        readings = Readings(logits.shape[-1])
+            begin_positions(rows, last)
         steered = self._decide(logits, rows, readings, last)
         by_candidates = [s for s in steered if s.formula.has_candidates]
         if by_candidates:
@@ -259,6 +294,10 @@ class GuidanceRuntime:
 
 def _last_tokens(logits: torch.Tensor, rows: list[Row], fed: torch.Tensor | None) -> LastTokens:
     if fed is None:
-        return LastTokens(rows, to_device([row.prefix.last for row in rows], logits.device))
-    indices = [row.index for row in rows]
-    return LastTokens(rows, fed if indices == list(range(len(fed))) else fed[to_device(indices, fed.device)])
+        return LastTokens(rows, lambda: to_device([row.last_token for row in rows], logits.device))
+    return LastTokens(rows, lambda: take_rows(fed, [row.index for row in rows]))
+
+
+def _inference() -> AbstractContextManager[None]:
+    """Inference mode, unless the caller is in it already: entering it again costs as much as several operations."""
+    return nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode()

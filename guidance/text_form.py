@@ -24,6 +24,12 @@ class Source:
     """The beginning of the answer, where a chat's last message is continued."""
 
     @property
+    def characters(self) -> int:
+        """How long its text is."""
+        contents = (str(message.get("content") or "") for message in self.messages or ())
+        return len(self.text or "") + len(self.begun) + sum(map(len, contents))
+
+    @property
     def is_one_question(self) -> bool:
         """Whether a chat consists of one user message, whose text can be the first of two segments."""
         return self.messages is not None and [m["role"] for m in self.messages] == ["user"]

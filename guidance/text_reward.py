@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steersman.guidance.auxiliary import Prefix, Unscorable
+from steersman.guidance.auxiliary import Prefix, TextTooLong, TextUnreadable
 from steersman.guidance.checkpoints import training_facts
 from steersman.guidance.plan import Formula
 from steersman.guidance.text_form import Source, TextForm
@@ -52,44 +52,49 @@ class TextReward:
         end_token: int | None,
         last: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[int]]:
-        """See RewardModel.score. `end_token` has no text; classifiers end every text with their own."""
+        """See RewardModel.score. `end_token` has no text; classifiers end every text with their own.
+
+        Raises TextTooLong and TextUnreadable where one of the texts is so: without it a row's candidates could not be
+        compared.
+        """
         encoded = [
-            self._encode(prefix, candidate)
+            self._encode(prefix, [*prefix.output, candidate])
             for prefix, row in zip(prefixes, candidates.tolist(), strict=True)
             for candidate in row
         ]
         lengths = [len(entry["input_ids"]) for entry in encoded]
         k = candidates.shape[1]
         sizes = [sum(lengths[g * k : (g + 1) * k]) for g in range(len(prefixes))]
-        rewards = torch.full((len(encoded),), torch.nan)
-        fitting = [n for n, length in enumerate(lengths) if 0 < length <= self.window]
-        if len(prefixes) == 1 and not fitting:
-            raise Unscorable(
-                f"reward model {self.name!r} reads at most {self.window} tokens, the text has {max(lengths)}"
-            )
+        if (longest := max(lengths)) > self.window:
+            raise TextTooLong(f"reward model {self.name!r} reads at most {self.window} tokens, the text has {longest}")
+        if not min(lengths):
+            raise TextUnreadable(f"reward model {self.name!r} needs at least one token, the text has none")
+        rewards = torch.empty(len(encoded))
         # Without a padding token each text is a batch of its own.
         budget = self.batch_tokens if self.tokenizer.pad_token_id is not None else 0
-        for part in _parts(fitting, lengths, budget):
+        for part in _parts(lengths, budget):
             padded = self._pad([encoded[n] for n in part])
             rewards[part] = self.model(**padded).logits[:, 0].float().cpu()
         return rewards.view(len(prefixes), k), sizes
 
-    def _encode(self, prefix: Prefix, candidate: int) -> Any:
+    def measure(self, prompt: Sequence[int], source: Source | None) -> int:
+        """Tokens of a prompt in the model's form, in front of an answer; raises TextUnreadable where it has none."""
+        return len(self._encode(Prefix(None, prompt, (), source), ())["input_ids"])
+
+    def _encode(self, prefix: Prefix, output: Sequence[int]) -> Any:
         source = prefix.source
         context = prefix.prompt if source is None else prefix.prompt[-_CONTEXT:]
-        text = self.decode([*context, *prefix.output, candidate])
+        text = self.decode([*context, *output])
         # A prompt of token ids may end within a character.
         prompt = _shared_start(self.decode(context), text)
         try:
             return self.tokenizer(**self.form.write(self.tokenizer, source, prompt, text[len(prompt) :]))
         except ValueError as error:
-            raise Unscorable(f"reward model {self.name!r}: {error}") from error
+            raise TextUnreadable(f"reward model {self.name!r}: {error}") from error
 
     def _score_all(self, prefixes: Sequence[Prefix], last: Sequence[int]) -> tuple[list[float], int]:
-        """The reward of each prefix with its last token, and the tokens read; raises Unscorable for too long a text."""
+        """The reward of each prefix with its last token, and the tokens read."""
         scored, read = self.score(prefixes, torch.tensor(last).unsqueeze(-1), None)
-        if (longest := max(read)) > self.window:
-            raise Unscorable(f"reward model {self.name!r} reads at most {self.window} tokens, the text has {longest}")
         return scored[:, 0].tolist(), sum(read)
 
     def _pad(self, entries: list[Any]) -> Any:
@@ -145,10 +150,10 @@ def _shared_start(one: str, other: str) -> str:
     return one[: next(n for n, (a, b) in enumerate(zip(one, f"{other}\0", strict=False)) if a != b)]
 
 
-def _parts(order: list[int], lengths: list[int], budget: int) -> list[list[int]]:
+def _parts(lengths: list[int], budget: int) -> list[list[int]]:
     parts: list[list[int]] = []
     width = 0
-    for n in sorted(order, key=lambda n: lengths[n]):
+    for n in sorted(range(len(lengths)), key=lengths.__getitem__):
         width = max(width, lengths[n])
         if parts and (len(parts[-1]) + 1) * width <= budget:
             parts[-1].append(n)

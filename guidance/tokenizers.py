@@ -7,6 +7,9 @@ from transformers import PreTrainedTokenizerBase
 
 from steersman.guidance.request import UnreadableToken
 
+POLICY_KINDS = ("policy", "policy_head")
+"""Kinds of auxiliary models that are policies; all others are reward models."""
+
 
 class TokenReader(Protocol):
     """An auxiliary model, or its description."""
@@ -66,4 +69,4 @@ def check_ids(models: Iterable[TokenReader], tokens: Sequence[int], field: str) 
 
 def name_model(model: TokenReader) -> str:
     """How errors call a model."""
-    return f"{'policy' if model.kind == 'policy' else 'reward model'} {model.name!r}"
+    return f"{'policy' if model.kind in POLICY_KINDS else 'reward model'} {model.name!r}"

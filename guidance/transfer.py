@@ -14,6 +14,12 @@ def to_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype | 
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
+def take_rows(values: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+    """Rows of `values` [n, ...] in the order of `places`; `values` itself, uncopied, where they are all in order."""
+    whole = len(places) == len(values) and all(place == n for n, place in enumerate(places))
+    return values if whole else values[to_device(places, values.device)]
+
+
 class HostCopy(Protocol):
     """A copy to the host that is under way."""
 

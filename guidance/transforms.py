@@ -46,7 +46,7 @@ class Combination:
         values = self.strength * values
         if self.present is not None:
             values = torch.where(self.present, values, 0.0)
-        return values.sum(dim=1)
+        return values[:, 0] if values.shape[1] == 1 else values.sum(dim=1)
 
 
 def build_combination(formulas: Sequence[Formula], device: torch.device) -> Combination:
@@ -75,11 +75,10 @@ def explain_broken(formula: Formula, values: torch.Tensor, rewards: torch.Tensor
     """Why a row with the logits `values` [k] of its support and `rewards` [terms, k] has no scores."""
     there = ~values.isneginf()
     if not there.any():
-        policies = ", ".join(repr(term.policy) for term in formula.policies)
-        reason = (
-            f"each of the base's best {formula.top_k} tokens has probability 0 under one of the policies {policies}"
-        )
-        return Failure(formula.policies[0].policy if formula.policies else formula.rewards[0].model, "raised", reason)
+        policies = [term.policy for term in formula.policies]
+        where = f"one of the policies {', '.join(map(repr, policies))}" if policies else "the base itself"
+        reason = f"each of the base's best {formula.top_k} tokens has probability 0 under {where}"
+        return Failure((policies or [formula.rewards[0].model])[0], "raised", reason)
     scored = rewards[:, there]
     names = [term.model for term, own in zip(formula.rewards, scored, strict=False) if not own.isfinite().all()]
     if names:

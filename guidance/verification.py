@@ -18,7 +18,7 @@ float32, and in bfloat16 7 to 30 with 12 layers. A fault that does less than rou
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,10 +37,16 @@ _OF_THE_SPREAD = 1e-4
 """An error that changes no choice, for what float32 on a GPU adds: attention multiplies in three passes of TF32."""
 
 
-def verify(causal: CausalModel, vocabulary: int, branching: bool) -> None:
+def verify(
+    causal: CausalModel,
+    vocabulary: int,
+    branching: bool,
+    finish: Callable[[torch.Tensor], torch.Tensor] = lambda outputs: outputs,
+) -> None:
     """Compares cached outputs with plain full forwards of the unchanged model; raises ModelRefused where they differ.
 
-    branching: whether candidates branch off each sequence; else its own last token is compared.
+    branching: whether candidates branch off each sequence; else its own last token is compared. finish: what makes the
+    model's outputs of those of the cached forward.
 
     Allowed is the largest of four times the model's own rounding, 1e-4 of the spread of its outputs over candidates or
     vocabulary, and, where they hardly differ, one unit of precision of their size. None of them changes with the
@@ -49,7 +55,7 @@ def verify(causal: CausalModel, vocabulary: int, branching: bool) -> None:
     generator = torch.Generator().manual_seed(next(causal.probes))
     sequences = _draw_sequences(causal, vocabulary, generator)
     branches = _draw_branches(causal, vocabulary, (len(sequences), _CANDIDATES if branching else 0), generator)
-    cached = _evaluate_cached(causal, sequences, branches)
+    cached = finish(_evaluate_cached(causal, sequences, branches))
     plain = _evaluate_plainly(causal, sequences, branches)
     with _disturbed(causal, generator):
         disturbed = _evaluate_plainly(causal, sequences, branches)

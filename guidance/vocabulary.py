@@ -11,12 +11,12 @@ from steersman.guidance.plan import Formula
 from steersman.guidance.readings import Readings
 from steersman.guidance.report import VocabularyStep
 from steersman.guidance.rows import Row, Steered
-from steersman.guidance.transfer import to_device
+from steersman.guidance.transfer import take_rows, to_device
 from steersman.guidance.transforms import build_combination, explain_broken
 from steersman.guidance.work import Failure
 from steersman.kernels.arguments import BlendRows
 from steersman.kernels.dispatch import blend_policy, has_kernels
-from steersman.kernels.reference import add_rewards, blend_logits
+from steersman.kernels.reference import add_rewards, blend_logits, find_peaks
 
 _FailWhere = Callable[[Sequence[Row], torch.Tensor, Callable[[int], Failure]], None]
 
@@ -78,8 +78,9 @@ def _blend_by_kernel(
     said = readings.gather(policy, [s.row for s in steered]).to(logits.device)
     blended = blend_policy(logits, said, asked, samples)
     guided = logits[index]
-    totals = base.logsumexp(dim=-1), guided.logsumexp(dim=-1)
-    _record(steered, VocabularyStep(base, guided, *totals, blended.opened.bool()))
+    (base_total, base_best), (guided_total, guided_best) = find_peaks(base), find_peaks(guided)
+    changed = base_best != guided_best
+    _record(steered, VocabularyStep(base, guided, base_total, guided_total, changed, blended.opened.bool()))
     if biased is not None:
         shown = guided.masked_fill(biased[index].isneginf(), -torch.inf)
         logits.index_copy_(0, index, torch.where(_is_possible(shown), shown, base))
@@ -98,20 +99,26 @@ def _blend(
     rewards = _gather_rewards(steered, readings, base) if steered[0].formula.rewards else None
     if rewards is not None:
         guided = _add_rewards(guided, steered, rewards, fail_where)
-    base_total = base.logsumexp(dim=-1)
-    guided = fit_budgets(steered, guided, base - base_total.unsqueeze(-1))
-    shown = guided
+    guided = fit_budgets(steered, guided, base)
+    (base_total, base_best), (guided_total, guided_best) = find_peaks(base), find_peaks(guided)
+    shown, kept = guided, guided_total.isfinite()
     if biased is not None:
         masked = (biased if index is None else biased[index]).isneginf()
         shown = guided.masked_fill(masked, -torch.inf)
-    # Where policy and base have no token in common that a grammar allows, the base decodes.
-    kept = _is_possible(shown)
-    guided, shown = torch.where(kept, guided, base), torch.where(kept, shown, base)
+        kept = _is_possible(shown).squeeze(-1)
+    if has_kernels(logits.device) or not bool(kept.all()):
+        # Where policy and base have no token in common that a grammar allows, the base decodes.
+        guided, shown = (torch.where(kept.unsqueeze(-1), own, base) for own in (guided, shown))
+        guided_total, guided_best = (
+            torch.where(kept, guided_total, base_total),
+            torch.where(kept, guided_best, base_best),
+        )
     if index is None:
         logits.copy_(shown)
     else:
         logits.index_copy_(0, index, shown)
-    _record(steered, VocabularyStep(base, guided, base_total, guided.logsumexp(dim=-1), kept.squeeze(-1), rewards))
+    changed = base_best != guided_best
+    _record(steered, VocabularyStep(base, guided, base_total, guided_total, changed, kept, rewards))
 
 
 def _add_rewards(
@@ -166,13 +173,14 @@ def blend_readings(
     answers = []
     for name in names:
         users = [n for n, s in enumerate(steered) if readings.has(name, s.row)]
-        logits = readings.gather(name, [steered[n].row for n in users]).to(base.device)
-        if len(users) == len(steered):
-            answers.append(logits if ids is None else logits.gather(1, ids))
-            continue
-        places = to_device(users, base.device)
-        chosen = logits if ids is None else logits.gather(1, ids[places])
-        answers.append(base.new_zeros(base.shape).index_copy_(0, places, chosen))
+        rows = [steered[n].row for n in users]
+        if ids is None:
+            logits = readings.gather(name, rows).to(base.device)
+        else:
+            logits = readings.gather_at(name, rows, take_rows(ids, users)).to(base.device)
+        if len(users) < len(steered):
+            logits = base.new_zeros(base.shape).index_copy_(0, to_device(users, base.device), logits)
+        answers.append(logits)
     return blend_logits(base, answers, to_device(table, base.device, base.dtype))
 
 

@@ -1,8 +1,7 @@
 """What a runtime has done so far, and how long it took."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -13,6 +12,8 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 Fault = Literal["raised", "not_finite"]
 """How a model spoils a request: it raises, or what it returns are not finite numbers."""
 FAULTS: tuple[Fault, ...] = get_args(Fault)
+Misfit = Literal["too_long", "unreadable"]
+"""How a request spoils itself: its text outgrows a model's window, or has no form that the model reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Failure:
     """Why the guidance of one request ended."""
 
     model: str
-    fault: Fault
+    fault: Fault | Misfit
     reason: str
     """What its client is told."""
 
@@ -46,20 +47,32 @@ class Work:
     """Requests that models have spoiled."""
 
     def count_failure(self, failure: Failure) -> None:
-        """Adds a request that was spoiled."""
-        spoiled = self.failures[failure.fault]
-        spoiled[failure.model] = spoiled.get(failure.model, 0) + 1
+        """Adds a request that a model has spoiled; a misfit is the request's own fault and is not counted."""
+        if failure.fault in ("raised", "not_finite"):
+            spoiled = self.failures[failure.fault]
+            spoiled[failure.model] = spoiled.get(failure.model, 0) + 1
 
     def count(self, phase: Phase, model: str, tokens: int) -> None:
         """Adds tokens that a model has read."""
         read = self.tokens[phase]
         read[model] = read.get(model, 0) + tokens
 
-    @contextmanager
-    def timing(self, stage: str) -> Iterator[None]:
+    def timing(self, stage: str) -> AbstractContextManager[None]:
         """Adds the duration of the context to a stage's seconds."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            setattr(self, stage, getattr(self, stage) + time.perf_counter() - began)
+        return _Timing(self, stage)
+
+
+class _Timing:
+    """Entered four times a step: a generator would cost several times as much."""
+
+    __slots__ = ("_began", "_stage", "_work")
+
+    def __init__(self, work: Work, stage: str) -> None:
+        self._work, self._stage = work, stage
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        seconds = getattr(self._work, self._stage) + time.perf_counter() - self._began
+        setattr(self._work, self._stage, seconds)

@@ -195,6 +195,7 @@ async def _answer_in_turn(
     """A stream waits for its turn behind its headers, and leaves the queue with its last event."""
     response = None
     try:
+        await _measure_prompts(_engine(raw_request), request)
         if not request.stream:
             await place.turn()
         answer = await create(request, raw_request)
@@ -215,6 +216,21 @@ async def _answer_in_turn(
         if response is None:
             place.leave()
             followed.end()
+
+
+async def _measure_prompts(engine: GuidedEngine, request: _GuidedRequest) -> None:
+    """What reward models that read text cannot read of a request is refused before it waits for its turn."""
+    if not request.text_models:
+        return
+    try:
+        request.keep_measured(
+            [
+                await engine.measure_prompt(request.text_models, tokens, source, request.prompt_field)
+                for tokens, source in request.list_prompts()
+            ]
+        )
+    except GuidanceError as error:
+        reject(error)
 
 
 def _drop_reports(engine: GuidedEngine, keys: list[str]) -> None:

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
+from steersman.guidance.asking import AnyPolicy, AnyReward
 from steersman.guidance.checkpoints import ModelRefused, first_line
-from steersman.guidance.policies import Policy
+from steersman.guidance.head_files import HeadCheckpoint, is_head
+from steersman.guidance.policies import build_policy
 from steersman.guidance.reward_loading import build_reward_model
-from steersman.guidance.rewards import RewardModel
 from steersman.guidance.streams import hold_stream
 from steersman.server.compilation import compile_sampling_kernels
 from steersman.server.loading import Destination
@@ -64,7 +65,7 @@ class ModelLoad:
     """A model that is being loaded."""
 
     def __init__(self, wanted: Wanted, destination: Destination) -> None:
-        self.model: Policy | RewardModel | None = None
+        self.model: AnyPolicy | AnyReward | None = None
         self._turns: Iterator[None] | None = None
         self._failure: str | None = None
         self._task = BackgroundTask(lambda: self._load(wanted, destination))
@@ -91,7 +92,7 @@ class ModelLoad:
             self._failure = str(error)
             raise
 
-    def _finish(self, model: Policy | RewardModel) -> Iterator[None]:
+    def _finish(self, model: AnyPolicy | AnyReward) -> Iterator[None]:
         captured = False
         for _ in model.capture():
             captured = True
@@ -101,7 +102,8 @@ class ModelLoad:
 
     def _load(self, wanted: Wanted, to: Destination) -> None:
         _leave_the_steps_core()
-        require_room(wanted.label, to.device, weight_bytes(Path(wanted.path), to.dtype), to.cache_bytes, read=False)
+        cache = 0 if is_head(wanted.path) else to.cache_bytes
+        require_room(wanted.label, to.device, weight_bytes(Path(wanted.path), to.dtype), cache, read=False)
         checkpoint = read_apart(wanted)
         with _yielding(), _own_stream(to.device):
             compile_sampling_kernels(to.vocabulary, to.device)
@@ -122,17 +124,18 @@ def free_apart(held: list[Any]) -> BackgroundTask:
     return BackgroundTask(free)
 
 
-def _build(wanted: Wanted, checkpoint: Any, to: Destination) -> Policy | RewardModel:
+def _build(wanted: Wanted, checkpoint: Any, to: Destination) -> AnyPolicy | AnyReward:
     model = checkpoint if wanted.kind == POLICY else checkpoint.model
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    require_room(wanted.label, to.device, weights, to.cache_bytes, read=True)
+    module, cache = (model.head, 0) if isinstance(model, HeadCheckpoint) else (model, to.cache_bytes)
+    weights = sum(p.numel() * p.element_size() for p in module.parameters())
+    require_room(wanted.label, to.device, weights, cache, read=True)
     if to.device.type == "cpu":
         # Out of the memory in which it was handed over, which is freed as a whole only.
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in (*module.parameters(), *module.buffers()):
             tensor.data = tensor.data.clone()
     if wanted.kind == POLICY:
-        return Policy(model.to(to.device), wanted.name, to.cache_bytes, to.max_rows)
-    return build_reward_model(wanted.name, checkpoint, to.tokenizer, to.device, to.cache_bytes, to.max_rows)
+        return build_policy(wanted.name, model, to.device, to.cache_bytes, to.max_rows, to.base)
+    return build_reward_model(*(wanted.name, checkpoint, to.tokenizer, to.device, to.cache_bytes, to.max_rows, to.base))
 
 
 def _leave_the_steps_core() -> None:

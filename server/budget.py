@@ -40,8 +40,9 @@ class CacheBudget:
 
     @asynccontextmanager
     async def reserve(self, wanted: Mapping[str, int]) -> AsyncIterator[None]:
-        """Holds `wanted` blocks for the duration of the context, waiting for them in turn."""
-        if self._waiting or not self._fits(wanted):
+        """Holds `wanted` blocks for the duration of the context, waiting for them in turn; who wants none never
+        waits."""
+        if wanted and (self._waiting or not self._fits(wanted)):
             await self._wait(wanted)
         else:
             self._take(wanted)
@@ -57,7 +58,7 @@ class CacheBudget:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
+            if not turn.cancelled():  # its turn had come
                 self._give_back(wanted)
             elif entry in self._waiting:
                 self._waiting.remove(entry)

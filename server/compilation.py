@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from steersman.kernels.dispatch import has_kernels
+from steersman.kernels.dispatch import compile_cpu_kernels, has_kernels
 from steersman.server.logs import tell
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -14,9 +14,10 @@ _SECONDS_BETWEEN_LINES = 5.0
 def compile_sampling_kernels(vocabulary: int, device: torch.device) -> None:
     """Compiles every launch of the sampling step over logits [B, vocabulary], with a line of progress now and then.
 
-    Does nothing on a device without kernels. What was compiled on this machine before is found in Triton's cache.
+    What was compiled on this machine before is found in Triton's or Numba's cache.
     """
     if not has_kernels(device):
+        compile_cpu_kernels()
         return
     from steersman.kernels.production import distinct_launches, sampling_launches
 

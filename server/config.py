@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from steersman.guidance.checkpoints import ModelRefused
+from steersman.guidance.head_files import is_head
 from steersman.guidance.text_form import PAIR, RAW
 
 CONFIG_KEY = "steersman"
@@ -34,9 +35,14 @@ class ServerConfig:
         return asdict(self)
 
     @property
+    def cached_models(self) -> int:
+        """Models that have a key-value cache: all but heads."""
+        return sum(not is_head(path) for path in (*self.reward_models.values(), *self.policies.values()))
+
+    @property
     def cache_bytes_per_model(self) -> int:
-        """The models share the memory evenly."""
-        return int(self.cache_gib * 2**30) // max(1, len(self.reward_models) + len(self.policies))
+        """Models that have a cache share the memory evenly."""
+        return int(self.cache_gib * 2**30) // max(1, self.cached_models)
 
 
 def load_config(additional_config: Mapping[str, Any]) -> ServerConfig:

@@ -5,20 +5,33 @@ import math
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import asdict
 from typing import Any
 
 from steersman.guidance.plan import compile_plan
-from steersman.guidance.request import BestOfN, Blockwise, GuidanceError, SteeredGuidance, parse_guidance
+from steersman.guidance.request import (
+    BestOfN,
+    Blockwise,
+    GuidanceError,
+    SteeredGuidance,
+    TooLong,
+    UnreadableToken,
+    UnscorableText,
+    parse_guidance,
+)
+from steersman.guidance.text_form import Source
+from steersman.guidance.tokenizers import find_unreadable
 from steersman.server import teacher_forcing
 from steersman.server.admission import Ticket, admit, admit_search
 from steersman.server.budget import CacheBudget
 from steersman.server.config import CONFIG_KEY, GuidanceEntry
 from steersman.server.errors import GuidanceFailed, fault_of, reject
+from steersman.server.heads import TEXTS_AT_ONCE, forget_text, new_key, prove_head, score_by_head
 from steersman.server.limits.queue import GuidedQueue
 from steersman.server.limits.settings import Limits
 from steersman.server.liveness import Workers
 from steersman.server.metrics.requests import FollowedRequest, begin_counting, count_answer, followed_request
-from steersman.server.registry import LoadedModel, Registry
+from steersman.server.registry import SHORTER, LoadedModel, Registry
 from steersman.server.reports import Finished, ReportCollector
 from steersman.server.search import Search, run_search
 from steersman.server.users import ModelUsers
@@ -51,6 +64,7 @@ class GuidedEngine:
         self._reports: dict[str, dict[int, dict[str, Any]]] = {}
         self._collector = ReportCollector(self._finish, sharded=registry.sharded)
         self._cleaning: set[asyncio.Task[Any]] = set()
+        self._texts_of_heads = asyncio.Semaphore(TEXTS_AT_ONCE)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -80,7 +94,7 @@ class GuidedEngine:
             # A model may have been unloaded since the request came in.
             self.registry.check(guidance)
             if isinstance(guidance, BestOfN | Blockwise):
-                teacher_forcing.refuse(guidance, sampling_params)
+                teacher_forcing.refuse(guidance, sampling_params, entry)
                 search = admit_search(
                     self.registry, self.budget, guidance, entry, prompt, sampling_params, self.tokenizer
                 )
@@ -143,6 +157,38 @@ class GuidedEngine:
             model["cache_blocks_in_use"] = current.get(model["name"], {}).get("cache_blocks_in_use")
         return body
 
+    async def measure_prompt(
+        self, models: Sequence[LoadedModel], prompt: list[int], source: Source | None, field: str
+    ) -> dict[str, int]:
+        """Tokens of a prompt as each of the text models reads it; nothing for one that the base model cannot read,
+        which vLLM refuses.
+
+        prompt: its token ids, where it has no `source`. field: the request's own for it. Raises GuidanceError where a
+        model's chat template refuses the prompt.
+        """
+        if not self._may_fit(prompt, source):
+            return {}
+        with self.users.using(models):
+            names = [model.name for model in models]
+            sent = None if source is None else asdict(source)
+            reply = await self._ask_worker("steersman_measure", names, prompt, sent)
+        for name, reason in reply["unreadable"].items():
+            raise GuidanceError(
+                field,
+                f"{reason}; send others, leave the model out or start the server with --reward-template {name}=raw, "
+                "pair or a Jinja file",
+            )
+        return dict(reply["tokens"])
+
+    def _may_fit(self, prompt: list[int], source: Source | None) -> bool:
+        """Whether a prompt can be within the base model's window and vocabulary: others are not sent to a worker, where
+        decoding waits for it."""
+        config = self._engine.model_config
+        if source is None:
+            readable = find_unreadable(prompt, config.get_vocab_size()) is None
+            return readable and len(prompt) <= config.max_model_len
+        return source.characters <= config.max_model_len * self.tokenizer.max_chars_per_token
+
     async def score_prefixes(
         self, model: LoadedModel, prompt: list[int], response: list[int], source: dict[str, Any] | None = None
     ) -> list[float]:
@@ -151,6 +197,8 @@ class GuidedEngine:
         A model that reads text reads all of it again for each token: one call to the worker, during which no request
         is decoded, scores as many as have TEXT_TOKENS_PER_CALL tokens together.
         """
+        if model.kind == "head":
+            return await self._score_by_head(model, prompt, response, 0)
         blocks = {model.name: model.blocks_for(len(prompt) + len(response))} if model.cache_blocks else {}
         if self.budget.too_large(blocks) is not None:
             raise GuidanceError("responses", f"are longer than the whole cache of reward model {model.name!r}")
@@ -166,7 +214,13 @@ class GuidedEngine:
     async def score_answers(
         self, model: LoadedModel, prompt: list[int], responses: list[list[int]], source: dict[str, Any] | None = None
     ) -> tuple[list[float], int]:
-        """The model's reward at the end of each response, and the tokens it read; as many at once as fit its cache."""
+        """The model's reward at the end of each response, and the tokens it read; as many at once as fit its cache.
+
+        Raises UnscorableText where one of them cannot be scored.
+        """
+        if model.kind == "head":
+            scored = [self._score_by_head(model, prompt, response, len(response) - 1) for response in responses]
+            return [rewards[0] for rewards in await asyncio.gather(*scored)], 0
         longest = len(prompt) + max(map(len, responses))
         each = model.blocks_for(longest)
         if each and self.budget.too_large({model.name: each}) is not None:
@@ -183,6 +237,26 @@ class GuidedEngine:
                 reply = reply[0]
             rewards += _checked_rewards(model, reply)
         return rewards, read
+
+    async def prove_head(self, name: str) -> dict[str, Any]:
+        """As `heads.prove_head`: its probe is prefilled by vLLM's own engine, behind no guidance."""
+        return await prove_head(self._engine, name)
+
+    async def _score_by_head(
+        self, model: LoadedModel, prompt: list[int], response: list[int], start: int
+    ) -> list[float]:
+        async with self._texts_of_heads:
+            key = new_key()
+            try:
+                reply = await score_by_head(self._engine, model.name, prompt, response, start, key)
+            except BaseException:
+                self._in_background(self._forget_text(key))
+                raise
+        return _checked_rewards(model, reply)
+
+    async def _forget_text(self, key: str) -> None:
+        with suppress(EngineDeadError):
+            await forget_text(self._engine, key)
 
     async def _ask_worker(self, method: str, *args: Any) -> Any:
         replies = await self._engine.collective_rpc(method, args=args)
@@ -288,10 +362,10 @@ class GuidedEngine:
         """What scores the prompt, where its log-probabilities are asked for. Raises GuidanceError."""
         if params.prompt_logprobs is None:
             return None
-        teacher_forcing.check_mode(self._engine.model_config.logprobs_mode)
+        teacher_forcing.check_mode(self._engine.model_config.logprobs_mode, entry)
         teacher_forcing.check_source(entry)
         tokens = len(prompt["prompt_token_ids"])
-        start = teacher_forcing.choose_start(compile_plan(guidance), entry.get(teacher_forcing.ANSWER_START), tokens)
+        start = teacher_forcing.choose_start(compile_plan(guidance), entry, tokens)
         if start >= tokens:
             return None
         text, forced = teacher_forcing.force_text(entry, prompt, start, params)
@@ -329,7 +403,11 @@ class GuidedEngine:
         report = await collected
         if report is None:
             return
-        error = report.pop("error")
+        error, fault = report.pop("error"), report.pop("fault")
+        if fault == "too_long":
+            raise TooLong(ticket.length_field, f"{error}; {SHORTER}")
+        if fault == "unreadable":
+            raise UnreadableToken("guidance", error)
         if error is not None:
             raise GuidanceFailed(f"guidance failed: {error}")
         if ticket.forced:
@@ -372,9 +450,10 @@ def _texts_at_once(tokens: int) -> int:
 
 
 def _checked_rewards(model: LoadedModel, reply: Any) -> list[float]:
-    """A worker's reply; raises GuidanceError where the text cannot be scored, GuidanceFailed where the model failed."""
+    """A worker's reply; raises UnscorableText where the text cannot be scored, GuidanceFailed where the model
+    failed."""
     if isinstance(reply, dict):
-        raise GuidanceError("responses", f"cannot be scored: {reply['unscorable']}")
+        raise UnscorableText("responses", reply["unscorable"])
     if isinstance(reply, str) or not all(map(math.isfinite, reply)):
         reason = reply if isinstance(reply, str) else "its reward is not a finite number"
         raise GuidanceFailed(f"reward model {model.name!r} could not score the text: {reason}")

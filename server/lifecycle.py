@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from steersman.guidance.checkpoints import ModelRefused, require_safetensors
+from steersman.guidance.head_files import is_head
+from steersman.guidance.head_models import HEAD_KINDS
 from steersman.guidance.policies import ADAPTER_CONFIG, is_adapter
 from steersman.guidance.request import BASE
 from steersman.server.config import parse_named_paths
@@ -156,7 +158,15 @@ class ModelLifecycle:
         if refusal is not None:
             await self._wait_until_free()
             raise ModelRefused(refusal)
-        return read_description(described[0])
+        return read_description(await self._prove(entry.name) if described[0]["kind"] in HEAD_KINDS else described[0])
+
+    async def _prove(self, name: str) -> dict[str, Any]:
+        try:
+            return await self._engine.prove_head(name)
+        except Exception:
+            await self._ask("steersman_unload", name)
+            await self._wait_until_free()
+            raise
 
     async def _unload(self, entry: ModelEntry) -> None:
         await self._engine.retire_model(entry.name)
@@ -208,8 +218,9 @@ class ModelLifecycle:
                 )
             if not folder.exists():
                 raise _bad("path", f"{folder} does not exist; a model of the Hub has to be downloaded first")
-            config = ADAPTER_CONFIG if kind == "policy" and is_adapter(str(folder)) else "config.json"
-            require_safetensors(folder, f"{kind.replace('_', ' ')} {name!r}", config)
+            if not is_head(folder):
+                config = ADAPTER_CONFIG if kind == "policy" and is_adapter(str(folder)) else "config.json"
+                require_safetensors(folder, f"{kind.replace('_', ' ')} {name!r}", config)
         except ModelRefused as refusal:
             raise _bad("path", str(refusal)) from refusal
         except (OSError, ValueError, RuntimeError) as error:  # the last is pathlib's for a link to itself

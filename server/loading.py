@@ -1,7 +1,7 @@
 """Builds a worker's runtime from vLLM's configuration: the same for both of vLLM's interfaces."""
 
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +12,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from vllm import envs
 
 from steersman.guidance.checkpoints import ModelRefused
+from steersman.guidance.head_models import ServedBase
+from steersman.guidance.hidden_states import Span
 from steersman.guidance.overlap import make_side_stream
 from steersman.guidance.plan import Plan, compile_plan
 from steersman.guidance.policies import load_policy
-from steersman.guidance.report import Report
 from steersman.guidance.request import BestOfN, Blockwise, parse_guidance
 from steersman.guidance.reward_loading import load_reward_model
-from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
 from steersman.guidance.text_form import Source
+from steersman.guidance.text_reward import TextReward
 from steersman.server.compilation import compile_sampling_kernels
 from steersman.server.config import CONFIG_KEY, load_config
 from steersman.server.memory import require_cache_room
@@ -41,6 +42,7 @@ class Destination:
     max_rows: int
     vocabulary: int
     """Of the base model's logits."""
+    base: ServedBase
 
 
 class WorkerRuntime(GuidanceRuntime):
@@ -54,48 +56,20 @@ class WorkerRuntime(GuidanceRuntime):
     """None on a rank that repeats what another one does, which would be counted twice."""
     watchdog: Watchdog | None = None
 
-    def step(
-        self,
-        logits: torch.Tensor,
-        rows: Sequence[Row],
-        fed: torch.Tensor | None = None,
-        biased: torch.Tensor | None = None,
-    ) -> None:
-        """See GuidanceRuntime.step."""
-        with self._turn(), nullcontext() if self.metrics is None else self.metrics.step():
-            super().step(logits, rows, fed, biased)
+    def measure(self, name: str, prompt: Sequence[int], source: Source | None) -> int:
+        """Tokens of a prompt in the form that text model `name` reads; raises TextUnreadable where it has none."""
+        model = self.reward_models[name]
+        assert isinstance(model, TextReward)
+        with self.turn():
+            return model.measure(prompt, source)
 
-    def read_ahead(self, rows: Sequence[Row], fed: Callable[[], torch.Tensor]) -> None:
-        """See GuidanceRuntime.read_ahead."""
-        with self._turn():
-            super().read_ahead(rows, fed)
-
-    def finish(self, key: Hashable, response: Sequence[int]) -> Report | None:
-        """See GuidanceRuntime.finish."""
-        with self._turn():
-            return super().finish(key, response)
-
-    def score_text(
-        self,
-        name: str,
-        prompt: Sequence[int],
-        response: Sequence[int],
-        start: int = 0,
-        source: Source | None = None,
-    ) -> list[float]:
-        """See GuidanceRuntime.score_text."""
-        with self._turn():
-            return super().score_text(name, prompt, response, start, source)
-
-    def score_answers(
-        self, name: str, prompt: Sequence[int], responses: Sequence[Sequence[int]], source: Source | None = None
-    ) -> tuple[list[float], int]:
-        """See GuidanceRuntime.score_answers."""
-        with self._turn():
-            return super().score_answers(name, prompt, responses, source)
-
-    def _turn(self) -> AbstractContextManager[None]:
+    def turn(self) -> AbstractContextManager[None]:
+        """Watched: a model that never returns ends the process."""
         return nullcontext() if self.watchdog is None else self.watchdog.turn()
+
+    def measured_step(self) -> AbstractContextManager[None]:
+        """Counted for Prometheus."""
+        return nullcontext() if self.metrics is None else self.metrics.step()
 
     def show_metrics(self) -> None:
         """After anything else that reads tokens or gives blocks back."""
@@ -110,7 +84,8 @@ def build_runtime(vllm_config: Any, device: torch.device) -> WorkerRuntime:
     tokenizer = load_tokenizer(model_config.tokenizer, model_config.trust_remote_code)
     rows = vllm_config.scheduler_config.max_num_seqs
     destination = Destination(
-        *(tokenizer, model_config.dtype, device, config.cache_bytes_per_model, rows, model_config.get_vocab_size())
+        *(tokenizer, model_config.dtype, device, config.cache_bytes_per_model, rows, model_config.get_vocab_size()),
+        base=describe_base(model_config),
     )
     options: dict[str, Any] = {
         **{name: getattr(destination, name) for name in ("dtype", "device", "cache_bytes", "max_rows")},
@@ -118,15 +93,19 @@ def build_runtime(vllm_config: Any, device: torch.device) -> WorkerRuntime:
     }
     side = make_side_stream(device)
     try:
-        if config.reward_models or config.policies:
+        if config.cached_models:
             require_cache_room(config.cache_gib, device)
         rewards = _load(
             "reward models",
             config.reward_models,
-            lambda n, path: load_reward_model(n, path, tokenizer, **options, template=config.reward_templates.get(n)),
+            lambda n, path: load_reward_model(
+                n, path, tokenizer, **options, template=config.reward_templates.get(n), served=destination.base
+            ),
         )
         policies = _load(
-            "policies", config.policies, lambda n, path: load_policy(n, path, model_config.model, tokenizer, **options)
+            "policies",
+            config.policies,
+            lambda n, path: load_policy(n, path, model_config.model, tokenizer, **options, served=destination.base),
         )
     except ModelRefused as error:
         runtime = WorkerRuntime({}, tokenizer.eos_token_id)
@@ -146,6 +125,16 @@ def build_runtime(vllm_config: Any, device: torch.device) -> WorkerRuntime:
 def _load(what: str, paths: Mapping[str, str], load: Callable[[str, str], Any]) -> dict[str, Any]:
     silent = not paths or not sys.stdout.isatty()
     return {name: load(name, path) for name, path in track(paths.items(), what, disable=silent)}
+
+
+def describe_base(model_config: Any) -> ServedBase:
+    """What vLLM's configuration of a model says of it."""
+    return ServedBase(
+        model_config.get_hidden_size(),
+        model_config.hf_text_config.num_hidden_layers,
+        model_config.get_vocab_size(),
+        model_config.max_model_len,
+    )
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -173,6 +162,8 @@ def read_attached(sampling_params: Any) -> Attached | None:
     entry: Mapping[str, Any] | None = (sampling_params.extra_args or {}).get(CONFIG_KEY)
     if not isinstance(entry, Mapping):
         return None
+    if "span" in entry:
+        return None
     guidance = parse_guidance(entry["guidance"])
     if isinstance(guidance, BestOfN | Blockwise):
         return None
@@ -180,6 +171,14 @@ def read_attached(sampling_params: Any) -> Attached | None:
     noise = int(entry["key"][:15], 16) if seed is None else seed
     source = read_source(entry.get("source"))
     return Attached((entry["key"], seed), compile_plan(guidance), noise, source, entry.get("forced"))
+
+
+def read_span(sampling_params: Any) -> Span | None:
+    """The positions of a prompt whose hidden states are to be kept; None for a request that is not there for them."""
+    entry: Mapping[str, Any] | None = (sampling_params.extra_args or {}).get(CONFIG_KEY)
+    if not isinstance(entry, Mapping) or "span" not in entry:
+        return None
+    return Span(entry["key"], *entry["span"])
 
 
 def read_source(sent: Mapping[str, Any] | None) -> Source | None:

@@ -4,6 +4,7 @@ Guidance runs in front of the sampler, on the base model's own logits; whatever 
 guided ones. vLLM's logits-processor interface tells of the batch, and forces the tokens of a text that is only scored.
 """
 
+from collections.abc import Hashable
 from functools import wraps
 from typing import Any
 
@@ -13,7 +14,7 @@ from vllm.v1.sample.ops.bad_words import apply_bad_words
 
 from steersman.guidance.rows import Row
 from steersman.server.adapters import NOT_ATTACHED, changes_logits, force_tokens
-from steersman.server.loading import build_runtime, read_attached
+from steersman.server.loading import build_runtime, read_attached, read_span
 from steersman.server.partial_prefill import PartialRows, keep_seeded_requests_alive, partial_rows
 
 
@@ -32,6 +33,10 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         """Requests whose clients change logits."""
         self._unmasked: torch.Tensor | None = None
         """This step's logits before a grammar masks them, where there is one."""
+        self._hidden: torch.Tensor | None = None
+        """[rows, D]: the hidden states that this step's logits were computed from."""
+        self._spans: dict[int, Hashable] = {}
+        """By row: texts of which hidden states are kept."""
 
     def attach(self, model_runner: Any) -> None:
         """Puts guidance between the model and the sampler of the runner."""
@@ -43,14 +48,18 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             return forward(self.guide(logits, sampling_metadata), sampling_metadata, *args, **kwargs)
 
         @wraps(sample_tokens)
-        def keep_unmasked(grammar_output: Any) -> Any:
+        def keep_and_sample(grammar_output: Any) -> Any:
+            self._unmasked = self._hidden = None
             state = model_runner.execute_model_state
-            self._unmasked = None
-            if self._rows and grammar_output is not None and state is not None and state.logits is not None:
-                self._unmasked = state.logits.clone()
+            if state is not None and state.logits is not None:
+                self._hidden = state.sample_hidden_states
+                if self._rows and grammar_output is not None:
+                    self._unmasked = state.logits.clone()
+                if self._spans:
+                    self._keep_spans(model_runner, state.hidden_states)
             return sample_tokens(grammar_output)
 
-        sampler.forward, model_runner.sample_tokens = guide_and_sample, keep_unmasked
+        sampler.forward, model_runner.sample_tokens = guide_and_sample, keep_and_sample
         self._partial_rows = partial_rows(model_runner)
         keep_seeded_requests_alive(model_runner)
 
@@ -66,14 +75,16 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             self._drop(index)
         for index, params, prompt, output in batch_update.added:
             self._drop(index)
+            if (span := read_span(params)) is not None:
+                self.runtime.hidden_states.expect(span)
+                self._spans[index] = span.key
             attached = read_attached(params)
+            # A guided prompt is never given as embeddings, so its tokens are there.
             if attached is not None:
                 if self._partial_rows is None:
                     raise RuntimeError(NOT_ATTACHED)
-                request = self.runtime.start(
-                    attached.key, attached.plan, len(prompt or ()), attached.seed, attached.source
-                )
-                self._rows[index] = Row(index, request, prompt or [], output)
+                request = self.runtime.start(attached.key, attached.plan, len(prompt), attached.seed, attached.source)
+                self._rows[index] = Row(index, request, prompt, output)
                 if attached.forced is not None:
                     self._forced[attached.key] = attached.forced
                 if self._others or changes_logits(params):
@@ -93,13 +104,9 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         biased = None
         if any(row.request.key in self._changed for row in rows):
             biased = self._bias(logits.to(torch.float32, copy=True), sampling_metadata)
-        if unmasked is None:
-            guided = logits.float()
-            self.runtime.step(guided, rows, biased=biased)
-            return guided
-        guided = unmasked.float()
-        self.runtime.step(guided, rows, biased=biased)
-        return guided.masked_fill_(logits.isneginf(), -torch.inf)
+        guided = logits.float() if unmasked is None else unmasked.float()
+        self.runtime.step(guided, rows, biased=biased, hidden=self._hidden)
+        return guided if unmasked is None else guided.masked_fill_(logits.isneginf(), -torch.inf)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Leaves nothing but the next token in the rows of texts that are only scored: [rows, V] float32, in place."""
@@ -119,7 +126,15 @@ class GuidanceLogitsProcessor(LogitsProcessor):
                 logits = processor.apply(logits)
         return logits
 
+    def _keep_spans(self, model_runner: Any, hidden: torch.Tensor) -> None:
+        """hidden: [tokens of the step, D]."""
+        starts, computed = model_runner.query_start_loc.np, model_runner.input_batch.num_computed_tokens_cpu
+        for index, key in self._spans.items():
+            part = hidden[int(starts[index]) : int(starts[index + 1])]
+            self.runtime.hidden_states.keep(key, int(computed[index]), part)
+
     def _drop(self, index: int) -> None:
+        self._spans.pop(index, None)
         row = self._rows.pop(index, None)
         if row is not None:
             self._forced.pop(row.request.key, None)
@@ -128,14 +143,18 @@ class GuidanceLogitsProcessor(LogitsProcessor):
 
     def _move(self, source: int, target: int, swap: bool) -> None:
         moved, displaced = self._rows.pop(source, None), self._rows.get(target)
+        span, displaced_span = self._spans.pop(source, None), self._spans.get(target)
         if swap:
             self._rows.pop(target, None)
-            self._place(displaced, source)
+            self._spans.pop(target, None)
+            self._place(displaced, displaced_span, source)
         else:
             self._drop(target)
-        self._place(moved, target)
+        self._place(moved, span, target)
 
-    def _place(self, row: Row | None, index: int) -> None:
+    def _place(self, row: Row | None, span: Hashable | None, index: int) -> None:
         if row is not None:
             row.index = index
             self._rows[index] = row
+        if span is not None:
+            self._spans[index] = span

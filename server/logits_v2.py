@@ -5,6 +5,7 @@ guided ones. vLLM's logits-processor interface tells of the requests, and forces
 scored. Where vLLM shards sampling over tensor-parallel ranks, a rank sees, guides and records its own requests only.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import wraps
 from itertools import takewhile
@@ -17,7 +18,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProc
 from steersman.guidance.rows import GuidedRequest, Row
 from steersman.guidance.transfer import to_device
 from steersman.server.adapters import NOT_ATTACHED, changes_logits, force_tokens
-from steersman.server.loading import build_runtime, read_attached
+from steersman.server.loading import build_runtime, read_attached, read_span
 
 _UNKNOWN = -1
 """Stands for a token that the device has chosen and the host has not been told of."""
@@ -30,12 +31,12 @@ class _Slot:
 
     index: int
     request: GuidedRequest
+    forced: list[int] | None
+    """The answer's tokens, where it is scored and not sampled."""
+    changed: bool
+    """Whether the client changes logits."""
     prompt: list[int] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
-    forced: list[int] | None = None
-    """The answer's tokens, where it is scored and not sampled."""
-    changed: bool = False
-    """Whether the client changes logits."""
 
     def known_tokens(self) -> list[int]:
         """Up to the first that the host does not know."""
@@ -64,11 +65,16 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         self._slots: dict[int, _Slot] = {}
         self._stepped: list[_Slot] = []
         """Guided in the last step; most of them are in the next one."""
+        self._hidden: torch.Tensor | None = None
+        """[tokens, D]: the base's hidden states of this step, while it samples."""
+        self._spans: dict[int, Hashable] = {}
+        """By slot: texts of which hidden states are kept."""
 
     def attach(self, model_runner: Any) -> None:
         """Puts guidance between the model and the sampler of the runner."""
         self._sampler = model_runner.sampler
         _call_before(self._sampler, self.guide)
+        self._follow_hidden_states(model_runner)
         grammars = model_runner.structured_outputs_worker
         if grammars is None:
             return
@@ -83,11 +89,30 @@ class GuidanceLogitsProcessor(LogitsProcessor):
 
         grammars.apply_grammar_bitmask = keep_unmasked
 
+    def _follow_hidden_states(self, model_runner: Any) -> None:
+        sample = model_runner.sample
+
+        @wraps(sample)
+        def keep_and_sample(hidden_states: torch.Tensor, input_batch: Any, grammar_output: Any) -> Any:
+            self._hidden = hidden_states
+            if self._spans:
+                self._keep_spans(hidden_states, input_batch)
+            try:
+                return sample(hidden_states, input_batch, grammar_output)
+            finally:
+                self._hidden = None
+
+        model_runner.sample = keep_and_sample
+
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """The slot's former request has left for good or is preempted: either way its cache is given back."""
         former = self._slots.pop(req_idx, None)
         if former is not None:
             self.runtime.pause(former.request.key, former.known_tokens())
+        self._spans.pop(req_idx, None)
+        if (span := read_span(sampling_params)) is not None:
+            self.runtime.hidden_states.expect(span)
+            self._spans = {slot: key for slot, key in self._spans.items() if key != span.key} | {req_idx: span.key}
         attached = read_attached(sampling_params)
         if attached is None:
             return False
@@ -97,7 +122,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         request = self.runtime.start(attached.key, attached.plan, prompt_length, attached.seed, attached.source)
         self._slots = {slot: held for slot, held in self._slots.items() if held.request.key != attached.key}
         changed = self._others or changes_logits(sampling_params)
-        self._slots[req_idx] = _Slot(req_idx, request, forced=attached.forced, changed=changed)
+        self._slots[req_idx] = _Slot(req_idx, request, attached.forced, changed)
         return attached.forced is not None
 
     def apply_staged_writes(self) -> None:
@@ -126,7 +151,10 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         if any(slot.changed for _, slot in held):
             biased = self._bias(logits.to(torch.float32, copy=True), batch)
         guided = logits.float() if unmasked is None else unmasked.float()
-        self.runtime.step(guided, rows, fed.long(), biased)
+        hidden = None
+        if self._hidden is not None and self.runtime.models.heads:
+            hidden = self._hidden[batch.logits_indices]
+        self.runtime.step(guided, rows, fed.long(), biased, hidden)
         self._stepped = [slot for _, slot in held]
         return guided if unmasked is None else guided.masked_fill_(logits.isneginf(), -torch.inf)
 
@@ -140,6 +168,14 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         ]
         force_tokens(logits, forced)
         return logits
+
+    def _keep_spans(self, hidden: torch.Tensor, batch: Any) -> None:
+        """hidden: [tokens of the step, D]."""
+        starts, lengths = batch.query_start_loc_np, batch.seq_lens_cpu_upper_bound.numpy()
+        for index, slot in enumerate(batch.idx_mapping_np.tolist()):
+            if (key := self._spans.get(slot)) is not None:
+                start, stop = int(starts[index]), int(starts[index + 1])
+                self.runtime.hidden_states.keep(key, int(lengths[index]) - (stop - start), hidden[start:stop])
 
     def _find_guided(self, slots: np.ndarray, lengths: np.ndarray) -> list[tuple[int, _Slot]]:
         """Rows of the step, whose slots and lengths [rows] are given, that are guided: each with its slot."""

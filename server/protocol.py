@@ -1,7 +1,8 @@
 """vLLM's request models with one more field, `guidance`."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 from uuid import uuid4
 
 from pydantic import Field, PrivateAttr, model_validator
@@ -11,7 +12,7 @@ from steersman.guidance.text_form import Source
 from steersman.server.config import CONFIG_KEY, GuidanceEntry
 from steersman.server.errors import reject
 from steersman.server.registry import LoadedModel, Registry
-from steersman.server.sources import chat_source, completion_source
+from steersman.server.sources import chat_source, completion_prompts, completion_source
 from steersman.server.vllm import ChatCompletionRequest, CompletionRequest, SamplingParams
 
 
@@ -23,7 +24,15 @@ class _Guided:
     _guidance: Guidance | None
     _keys: list[str]
     _text_models: list[LoadedModel]
+    _measured: list[dict[str, int]]
     _constraint: str | None
+    prompt_field: ClassVar[str]
+    """The field for what is answered."""
+
+    @property
+    def text_models(self) -> list[LoadedModel]:
+        """The reward models that read text."""
+        return self._text_models
 
     @property
     def parsed_guidance(self) -> Guidance | None:
@@ -55,6 +64,14 @@ class _Guided:
                 source = self._source(0)
                 for model in self._text_models:
                     model.check_source(source, "messages")
+
+    def list_prompts(self) -> list[tuple[list[int], Source | None]]:
+        """Each prompt for reward models that read text: what it is made of, or its token ids where it is these."""
+        raise NotImplementedError
+
+    def keep_measured(self, tokens: Sequence[Mapping[str, int]]) -> None:
+        """tokens: of each prompt, as text models read it, by their names."""
+        self._measured = list(map(dict, tokens))
 
     def _source(self, index: int) -> Source | None:
         """What prompt `index` is made of, for reward models that read text; None for token ids."""
@@ -97,13 +114,17 @@ class _Guided:
         if self._guidance is not None:
             self._keys.append(uuid4().hex)
             fields = ("max_completion_tokens", "max_tokens")
-            source = self._source(len(self._keys) - 1) if self._text_models else None
+            index = len(self._keys) - 1
+            source = self._source(index) if self._text_models else None
             entry = GuidanceEntry(
                 key=self._keys[-1],
                 guidance=self._guidance.model_dump(mode="json", exclude_unset=True),
                 max_tokens_field=next((name for name in fields if getattr(self, name, None) is not None), None),
                 answer_start=answer_start,
                 constraint_field=self._constraint,
+                prompt_field=self.prompt_field,
+                logprobs_field="echo" if getattr(self, "prompt_logprobs", None) is None else "prompt_logprobs",
+                measured=self._measured[index] if self._measured else {},
                 **({} if source is None else {"source": asdict(source)}),
             )
             params.extra_args = {**(params.extra_args or {}), CONFIG_KEY: entry}
@@ -116,6 +137,7 @@ _FIELD: Any = Field(default=None, description="How this answer is steered; see G
 class GuidedCompletionRequest(_Guided, CompletionRequest):
     """Body of `POST /v1/completions`."""
 
+    prompt_field: ClassVar[str] = "prompt"
     guidance: Any = _FIELD
     answer_start: int | None = Field(
         default=None,
@@ -127,12 +149,17 @@ class GuidedCompletionRequest(_Guided, CompletionRequest):
     _guidance: Guidance | None = PrivateAttr(default=None)
     _keys: list[str] = PrivateAttr(default_factory=list)
     _text_models: list[LoadedModel] = PrivateAttr(default_factory=list)
+    _measured: list[dict[str, int]] = PrivateAttr(default_factory=list)
     _constraint: str | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _guidance_is_valid(self) -> "GuidedCompletionRequest":
         self._check_guidance()
         return self
+
+    def list_prompts(self) -> list[tuple[list[int], Source | None]]:
+        """See _Guided.list_prompts."""
+        return completion_prompts(self.prompt)
 
     def _source(self, index: int) -> Source | None:
         return completion_source(self.prompt, index)
@@ -145,16 +172,22 @@ class GuidedCompletionRequest(_Guided, CompletionRequest):
 class GuidedChatCompletionRequest(_Guided, ChatCompletionRequest):
     """Body of `POST /v1/chat/completions`."""
 
+    prompt_field: ClassVar[str] = "messages"
     guidance: Any = _FIELD
     _guidance: Guidance | None = PrivateAttr(default=None)
     _keys: list[str] = PrivateAttr(default_factory=list)
     _text_models: list[LoadedModel] = PrivateAttr(default_factory=list)
+    _measured: list[dict[str, int]] = PrivateAttr(default_factory=list)
     _constraint: str | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _guidance_is_valid(self) -> "GuidedChatCompletionRequest":
         self._check_guidance()
         return self
+
+    def list_prompts(self) -> list[tuple[list[int], Source | None]]:
+        """See _Guided.list_prompts."""
+        return [([], self._source(0))]
 
     def _source(self, index: int) -> Source | None:
         return chat_source(self.messages, self.continue_final_message)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from steersman.guidance.checkpoints import ModelRefused
+from steersman.guidance.head_models import ServedBase
 from steersman.processes import end_with_parent
 
 POLICY, REWARD_MODEL = "policy", "reward_model"
@@ -36,6 +37,8 @@ class Wanted:
     dtype: str
     """As torch names it: "bfloat16"."""
     trust_remote_code: bool
+    served: ServedBase
+    """The base model as it is served."""
 
     @property
     def label(self) -> str:
@@ -75,6 +78,7 @@ def read(wanted: Wanted) -> Any:
     options: dict[str, Any] = {
         "dtype": getattr(torch, wanted.dtype),
         "trust_remote_code": wanted.trust_remote_code,
+        "served": wanted.served,
     }
     from steersman.guidance.policies import read_policy_checkpoint
     from steersman.guidance.reward_loading import read_reward_checkpoint
@@ -91,7 +95,8 @@ def main(arguments: Sequence[str]) -> int:
     # Whoever decodes goes first, and where nobody waits for the checkpoint nobody reads it.
     os.nice(3)
     end_with_parent(int(arguments[0]), signal.SIGKILL)
-    file, wanted = int(arguments[1]), Wanted(**json.loads(arguments[2]))
+    file, given = int(arguments[1]), json.loads(arguments[2])
+    wanted = Wanted(**{**given, "served": ServedBase(**given["served"])})
     torch.set_num_threads(1)
     try:
         torch.save(read(wanted), _path(file))

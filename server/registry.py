@@ -11,12 +11,19 @@ from steersman.guidance.request import (
     GuidanceError,
     ModelNotLoaded,
     RewardGuidance,
+    TooLong,
     describe_methods,
     policies,
     reward_models,
 )
 from steersman.guidance.text_form import Source
-from steersman.guidance.tokenizers import name_model
+from steersman.guidance.tokenizers import POLICY_KINDS, name_model
+
+EVERY_TOKEN = ("head", "vocabulary")
+"""Kinds of reward models that compute the reward of every next token without reading it."""
+
+SHORTER = "ask for fewer tokens, shorten the prompt or use a model with a longer window"
+"""The way out for a text that has outgrown a model's window while it was decoded."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class LoadedModel:
     """Token ids below this number can be read; None where the model reads text."""
     form: str | None = None
     """How a model that reads text is given a prompt and an answer: chat, pair or raw."""
+    drift: float | None = None
+    """Of a head: how far its outputs on the served base are from those in training, as a share of their spread."""
     chats: str | None = None
     """Which chats such a model takes: "all", "one question" or "none"."""
 
@@ -73,7 +82,7 @@ class Registry:
 
     def with_model(self, model: LoadedModel) -> "Registry":
         """This registry and one model more."""
-        if model.kind == "policy":
+        if model.kind in POLICY_KINDS:
             return replace(self, policies={**self.policies, model.name: model})
         return replace(self, reward_models={**self.reward_models, model.name: model})
 
@@ -105,15 +114,15 @@ class Registry:
             )
         if isinstance(guidance, RewardGuidance) and guidance.top_k is None:
             for _, name in reward_models(guidance):
-                if self.reward_models[name].kind != "vocabulary":
+                if self.reward_models[name].kind not in EVERY_TOKEN:
                     raise GuidanceError(
                         "guidance.top_k",
-                        f"null needs reward models of kind vocabulary; {name!r} is of kind "
+                        f"null needs reward models of kind head or vocabulary; {name!r} is of kind "
                         f"{self.reward_models[name].kind} and reads every candidate: give at most {limits.MAX_TOP_K}",
                     )
         if isinstance(guidance, RewardGuidance) and guidance.end_token:
             for _, name in reward_models(guidance):
-                if self.reward_models[name].kind == "vocabulary":
+                if self.reward_models[name].kind in EVERY_TOKEN:
                     raise GuidanceError(
                         "guidance.end_token",
                         f"reward model {name!r} says the reward of every next token without reading it, so it has none "
@@ -178,26 +187,44 @@ def reach(plan: Plan, prompt_tokens: int, max_tokens: int) -> int:
     return prompt_tokens + (max_tokens if first is None else min(first, max_tokens))
 
 
+@dataclass(frozen=True)
+class PromptLength:
+    """How long a prompt is to each auxiliary model."""
+
+    tokens: int
+    """The base model's, which models that share its tokenizer read."""
+    measured: Mapping[str, int] = field(default_factory=dict)
+    """Tokens of text models, by name; one that is not here is taken to count as the base does."""
+    field: str = "prompt"
+    """The request's own field for it."""
+
+    def for_model(self, name: str) -> int:
+        """In the tokens of one model."""
+        return self.measured.get(name, self.tokens)
+
+
 def check_length(
-    models: Sequence[LoadedModel], prompt_tokens: int, max_tokens: int, field: str | None, spare: int, within: int
+    models: Sequence[LoadedModel], prompt: PromptLength, max_tokens: int, field: str | None, spare: int, within: int
 ) -> int:
-    """The number of tokens that may be generated; raises GuidanceError if the prompt or the answer is too long.
+    """The number of tokens that may be generated; raises TooLong if the prompt or the answer is too long.
 
     field: the request's own field for max_tokens; where it has none, the answer is cut to what fits. spare: positions
-    that are read beyond the answer. within: the most tokens of the answer that are read at all.
+    that are read beyond the answer. within: the most tokens of the answer that are read at all. How many of its own
+    tokens a text model will read for a token of the answer is not known yet: one is assumed.
     """
-    model = min(models, key=lambda m: m.window)
-    room = model.window - prompt_tokens - spare
+    rooms = {model.name: model.window - prompt.for_model(model.name) - spare for model in models}
+    model = min(models, key=lambda m: rooms[m.name])
+    room, prompt_tokens = rooms[model.name], prompt.for_model(model.name)
     if room < 1:
-        raise GuidanceError(
-            "prompt",
-            f"has {prompt_tokens} tokens, {name_model(model)} reads at most {model.window} with the answer; "
-            "shorten the prompt or use a model with a longer window",
+        raise TooLong(
+            prompt.field,
+            f"has {prompt_tokens} tokens as {name_model(model)} reads it, which reads at most {model.window} with the "
+            "answer; shorten it or use a model with a longer window",
         )
     if min(max_tokens, within) <= room:
         return max_tokens
     if field is not None:
-        raise GuidanceError(
+        raise TooLong(
             field,
             f"{max_tokens} with a prompt of {prompt_tokens} tokens exceeds the {model.window} tokens that "
             f"{name_model(model)} reads; ask for at most {room}",

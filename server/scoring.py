@@ -5,11 +5,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from steersman.guidance.request import WHOLE, GuidanceError, ModelNotLoaded
+from steersman.guidance.request import WHOLE, GuidanceError, ModelNotLoaded, TooLong
+from steersman.guidance.text_form import Source
 from steersman.guidance.tokenizers import check_ids, find_unreadable
 from steersman.server.engine import GuidedEngine
 from steersman.server.limits.caps import MAX_RESPONSES
-from steersman.server.registry import LoadedModel
+from steersman.server.registry import EVERY_TOKEN, LoadedModel, PromptLength
 from steersman.server.sources import chat_source, completion_source
 from steersman.server.vllm import ChatCompletionRequest, ErrorResponse, OpenAIServingChat
 
@@ -53,28 +54,38 @@ async def score_responses(engine: GuidedEngine, chat: OpenAIServingChat, request
 
 
 async def _score_responses(
-    engine: GuidedEngine, model: LoadedModel, request: RewardsRequest, prompt: list[int], source: dict[str, Any] | None
+    engine: GuidedEngine, model: LoadedModel, request: RewardsRequest, prompt: list[int], source: Source | None
 ) -> dict[str, Any]:
     vocabulary = engine.model_config.get_vocab_size()
-    _check_ids("messages" if request.prompt is None else "prompt", model, prompt, vocabulary)
+    field = "messages" if request.prompt is None else "prompt"
+    _check_ids(field, model, prompt, vocabulary)
+    if not prompt and model.kind in EVERY_TOKEN:
+        raise GuidanceError(
+            field,
+            f"is empty, and reward model {model.name!r} scores a token from what stands in front of it: give at least "
+            "one token",
+        )
+    measured = await engine.measure_prompt([model], prompt, source, field) if model.kind == "text" else {}
+    length = PromptLength(len(prompt), measured, field).for_model(model.name)
+    sent = None if source is None else asdict(source)
     responses = [_response_tokens(engine.tokenizer, response, request.end_token) for response in request.responses]
     for index, tokens in enumerate(responses):
         _check_ids(f"responses.{index}", model, tokens, vocabulary)
-        _check_length(f"responses.{index}", model, prompt, tokens)
+        _check_length(f"responses.{index}", model, length, tokens)
     data = []
     for index, tokens in enumerate(responses):
         entry: dict[str, Any] = {"index": index, "tokens": len(tokens)}
         if request.prefixes:
-            entry["prefix_rewards"] = await engine.score_prefixes(model, prompt, tokens, source)
+            entry["prefix_rewards"] = await engine.score_prefixes(model, prompt, tokens, sent)
             entry["reward"] = entry["prefix_rewards"][-1]
         else:
-            (entry["reward"],), _ = await engine.score_answers(model, prompt, [tokens], source)
+            (entry["reward"],), _ = await engine.score_answers(model, prompt, [tokens], sent)
         data.append(entry)
     read = sum(entry["tokens"] for entry in data) + len(prompt) * len(data)
     return {"object": "list", "model": model.name, "data": data, "usage": {"total_tokens": read}}
 
 
-def _find_source(model: LoadedModel, request: RewardsRequest) -> dict[str, Any] | None:
+def _find_source(model: LoadedModel, request: RewardsRequest) -> Source | None:
     if model.kind != "text":
         return None
     if request.messages is None:
@@ -87,7 +98,7 @@ def _find_source(model: LoadedModel, request: RewardsRequest) -> dict[str, Any] 
                 raise
             raise GuidanceError("messages", f"are not messages of a chat: {error}") from error
     model.check_source(source, "messages")
-    return None if source is None else asdict(source)
+    return source
 
 
 async def _prompt_tokens(engine: GuidedEngine, chat: OpenAIServingChat, request: RewardsRequest) -> list[int]:
@@ -120,11 +131,11 @@ def _check_ids(field: str, model: LoadedModel, tokens: list[int], vocabulary: in
     check_ids([model], tokens, field)
 
 
-def _check_length(field: str, model: LoadedModel, prompt: list[int], response: list[int]) -> None:
+def _check_length(field: str, model: LoadedModel, prompt: int, response: list[int]) -> None:
     if not response:
         raise GuidanceError(field, "is empty; a reward needs at least one token")
-    total = len(prompt) + len(response)
+    total = prompt + len(response)
     if total > model.window:
-        raise GuidanceError(
+        raise TooLong(
             field, f"with the prompt has {total} tokens, reward model {model.name!r} reads at most {model.window}"
         )

@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from steersman.guidance.report import BASE_SOURCE
-from steersman.guidance.request import BestOfN, Blockwise, GuidanceError, UnreadableToken
+from steersman.guidance.request import BestOfN, Blockwise, GuidanceError, TooLong, UnreadableToken, UnscorableText
 from steersman.guidance.tokenizers import find_unreadable, name_model
 from steersman.server.answers import Answer
 from steersman.server.config import CONFIG_KEY
-from steersman.server.registry import LoadedModel
+from steersman.server.registry import SHORTER, LoadedModel
 from steersman.server.vllm import CompletionOutput, RequestOutput, RequestOutputKind, SamplingParams
 
 _CHARACTER = 4
@@ -29,6 +29,8 @@ class Search:
     prompt: list[int]
     source: dict[str, Any] | None = None
     """What the prompt was made of, where the model reads text."""
+    length_field: str = "max_tokens"
+    """The request's field that bounds how long the answer becomes."""
 
 
 class Engine(Protocol):
@@ -134,19 +136,18 @@ class _Choice:
         self._trace: list[dict[str, Any]] = []
 
     async def make(self, answer: Answer, samples: Sequence[CompletionOutput]) -> CompletionOutput:
-        """The best of a block's samples behind `answer`, trimmed to what would be shown of it. Raises UnreadableToken
-        where the reward model can read none of them."""
+        """The best of a block's samples behind `answer`, trimmed to what would be shown of it.
+
+        Raises UnreadableToken or TooLong where the reward model can read none of them.
+        """
         trimmed = [answer.trim(sample) for sample in samples]
-        readable = self._find_readable(trimmed)
-        texts = [[*answer.tokens, *trimmed[n].token_ids] for n in readable]
-        rewards, read = await self._engine.score_answers(
-            self._search.model, self._search.prompt, texts, self._search.source
+        scored, read = await self._score(
+            {n: [*answer.tokens, *trimmed[n].token_ids] for n in self._find_readable(trimmed)}
         )
-        scored = dict(zip(readable, rewards, strict=True))
         best = max(scored, key=scored.__getitem__)
         self.blocks += 1
         self._generated += sum(len(sample.token_ids) for sample in samples)
-        self._unreadable += len(samples) - len(readable)
+        self._unreadable += len(samples) - len(scored)
         self._read += read
         self._reward = scored[best]
         self._interventions += best != 0
@@ -156,6 +157,32 @@ class _Choice:
         ]
         self._trace.append({"chosen": best, "samples": shown})
         return trimmed[best]
+
+    async def _score(self, texts: dict[int, list[int]]) -> tuple[dict[int, float], int]:
+        """The rewards of texts, and the tokens read for them; those that cannot be scored are left out. Raises TooLong
+        where none can."""
+        try:
+            return await self._score_together(texts)
+        except UnscorableText as error:
+            reason = error.reason
+        scored: dict[int, float] = {}
+        total = 0
+        for n, text in texts.items():
+            with suppress(UnscorableText):
+                one, read = await self._score_together({n: text})
+                scored |= one
+                total += read
+        if not scored:
+            raise TooLong(self._search.length_field, f"none of the samples can be scored: {reason}; {SHORTER}")
+        return scored, total
+
+    async def _score_together(self, texts: dict[int, list[int]]) -> tuple[dict[int, float], int]:
+        """The rewards of texts, and the tokens read for them; raises UnscorableText where one cannot be scored."""
+        search = self._search
+        rewards, read = await self._engine.score_answers(
+            search.model, search.prompt, list(texts.values()), search.source
+        )
+        return dict(zip(texts, rewards, strict=True)), read
 
     def report(self, tokens: int) -> dict[str, Any]:
         """Of an answer of so many `tokens`, as other methods report; kl is the bound log n − (n − 1)/n of each choice

@@ -11,7 +11,9 @@ import torch
 import uvloop
 
 from steersman.guidance.checkpoints import ModelRefused, require_safetensors
+from steersman.guidance.head_models import HEAD_KINDS
 from steersman.guidance.request import BASE, Guidance, GuidanceError
+from steersman.guidance.tokenizers import POLICY_KINDS
 from steersman.server.config import CONFIG_KEY, WORKER_EXTENSION, ServerConfig, parse_named_paths, parse_templates
 from steersman.server.cpu import ENGINE_FAILED, choose_cpu_settings
 from steersman.server.limits.settings import Limits, add_limit_flags, read_limits
@@ -103,8 +105,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=PATH_OR_REPO",
-        help="A policy that requests may name: a causal language model with the base's vocabulary, or an adapter "
-        "(LoRA) over the base; give the flag once for each.",
+        help="A policy that requests may name: a causal language model with the base's vocabulary, an adapter (LoRA) "
+        "over the base, or a head on its hidden states; give the flag once for each.",
     )
     group.add_argument(
         "--guidance-presets",
@@ -139,7 +141,7 @@ def check_before_start(args: argparse.Namespace, limits: Limits) -> dict[str, Gu
     """Refuses in a second what would fail only after the base model is loaded, hands the rest to the workers, and
     returns the presets."""
     from steersman.guidance.policies import inspect_policy
-    from steersman.guidance.reward_loading import inspect_checkpoint
+    from steersman.guidance.reward_loading import inspect_reward_model
     from steersman.server import vllm
     from steersman.server.loading import load_tokenizer
 
@@ -177,7 +179,7 @@ def check_before_start(args: argparse.Namespace, limits: Limits) -> dict[str, Gu
             raise ModelRefused(f"--guidance-presets {args.guidance_presets}: {name}: {error}") from error
     templates = parse_templates(args.reward_template, rewards)
     config = ServerConfig(rewards, policies, args.guidance_cache, templates)
-    if vllm.runs_on_cpu() and (rewards or policies):
+    if vllm.runs_on_cpu() and config.cached_models:
         # A GPU's memory is looked at by the worker: a look from here would take some of it.
         require_cache_room(args.guidance_cache, torch.device("cpu"))
     if args.load_format == _SAFETENSORS:
@@ -188,7 +190,7 @@ def check_before_start(args: argparse.Namespace, limits: Limits) -> dict[str, Gu
         reason = str(error).strip().split("\n")[0]
         raise ModelRefused(f"base model {args.model}: its tokenizer cannot be read: {reason}") from error
     for name, path in config.reward_models.items():
-        inspect_checkpoint(name, path, tokenizer, args.trust_remote_code, templates.get(name))
+        inspect_reward_model(name, path, tokenizer, args.trust_remote_code, templates.get(name))
     for name, path in policies.items():
         inspect_policy(name, path, args.model, tokenizer, args.trust_remote_code)
     additional = args.additional_config or {}
@@ -203,9 +205,17 @@ def describe_memory(model: Mapping[str, Any]) -> str:
     """What one auxiliary model takes of the memory that the server is given; vLLM's own cache gets what is left."""
     tokens = model["cache_blocks"] * model["block_size"]
     return (
-        f"{'policy' if model['kind'] == 'policy' else 'reward model'} {model['name']!r}: "
+        f"{'policy' if model['kind'] in POLICY_KINDS else 'reward model'} {model['name']!r}: "
         f"{model['weight_bytes'] / 2**20:.1f} MiB of weights, {model['cache_bytes'] / 2**20:.1f} MiB of cache for "
         f"{tokens} tokens of {model['bytes_per_token']} bytes"
+    )
+
+
+def describe_head(model: Mapping[str, Any]) -> str:
+    """What a head takes, and how well it fits the base."""
+    return (
+        f"{'policy' if model['kind'] in POLICY_KINDS else 'reward model'} {model['name']!r}: a head of "
+        f"{model['weight_bytes'] / 2**20:.1f} MiB, off by {model['drift']:.2g} of its spread on this base model"
     )
 
 
@@ -215,6 +225,7 @@ async def serve(args: argparse.Namespace, presets: dict[str, Guidance], limits: 
     from steersman.server.admin import attach_admin_routes
     from steersman.server.app import attach_routes, tidy_routes
     from steersman.server.engine import GuidedEngine
+    from steersman.server.heads import prove_head
     from steersman.server.lifecycle import build_lifecycle
     from steersman.server.limits.attach import attach_limits
     from steersman.server.liveness import Workers
@@ -230,6 +241,9 @@ async def serve(args: argparse.Namespace, presets: dict[str, Guidance], limits: 
             for model in (*described[0]["reward_models"], *described[0]["policies"]):
                 if "cache_bytes" in model:
                     tell(describe_memory(model))
+                if model["kind"] in HEAD_KINDS:
+                    model |= await prove_head(engine, model["name"])
+                    tell(describe_head(model))
             registry = build_registry(described[0], presets, vllm.served_names(args))
             tasks = await engine.get_supported_tasks()
             app = vllm.build_app(args, tasks, engine.model_config)

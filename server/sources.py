@@ -17,6 +17,18 @@ def completion_source(prompt: Any, index: int = 0) -> Source | None:
     return None
 
 
+def completion_prompts(prompt: Any) -> list[tuple[list[int], Source | None]]:
+    """Every prompt of a completion: no ids and its text, or its token ids and None."""
+    if not isinstance(prompt, list):
+        return [] if prompt is None else [([], completion_source(prompt))]
+    if prompt and isinstance(prompt[0], int):
+        return [(prompt, None)]
+    return [
+        ([], completion_source(prompt, index)) if isinstance(part, str) else (part, None)
+        for index, part in enumerate(prompt)
+    ]
+
+
 def chat_source(messages: Sequence[Any], continue_final: bool = False) -> Source:
     """Of a chat: its messages as plain data. With `continue_final` the last one is the beginning of the answer.
 

@@ -4,7 +4,7 @@ vLLM computes a prompt's log-probabilities in its prefill, where nothing is samp
 decoded instead, every token forced: the same steps, gates and models as for an answer, at the price of a step a token.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 from uuid import uuid4
@@ -16,13 +16,17 @@ from steersman.server.vllm import RequestOutput, RequestOutputKind, SamplingPara
 
 ANSWER_START = "answer_start"
 """The request's field for how many of the text's tokens are the prompt that the rest answers."""
+LOGPROBS_FIELD = "logprobs_field"
+"""Where a request's entry holds the name of the field by which it asks for a text's log-probabilities."""
 
 
-def choose_start(plan: Plan, answer_start: int | None, tokens: int) -> int:
+def choose_start(plan: Plan, entry: Mapping[str, Any], tokens: int) -> int:
     """From which token on a text of so many `tokens` is scored under guidance; what comes before is its prompt.
 
-    Raises GuidanceError where that makes a difference and the request does not tell.
+    entry: of the request that asks for the log-probabilities. Raises GuidanceError where the start makes a difference
+    and the request does not tell.
     """
+    answer_start = entry.get(ANSWER_START)
     if answer_start is not None:
         if answer_start >= tokens:
             raise GuidanceError(
@@ -33,40 +37,44 @@ def choose_start(plan: Plan, answer_start: int | None, tokens: int) -> int:
     for name, value in counted.items():
         if value is not None:
             raise GuidanceError(
-                "prompt_logprobs",
-                f"depend on where the answer begins, for {name} counts from there; give {ANSWER_START}, the number of "
-                "the prompt's tokens in front of it, or leave that part of the guidance out",
+                entry[LOGPROBS_FIELD],
+                f"log-probabilities of a text depend on where the answer begins, for {name} counts from there; give "
+                f"{ANSWER_START}, the number of the prompt's tokens in front of it, or leave that part of the guidance "
+                "out",
             )
     return 1
 
 
-def refuse(guidance: SearchGuidance, params: SamplingParams) -> None:
+def refuse(guidance: SearchGuidance, params: SamplingParams, entry: Mapping[str, Any]) -> None:
     """Raises GuidanceError for a method that picks among samples where a text's log-probabilities are asked for."""
     if params.prompt_logprobs is not None:
+        field = entry[LOGPROBS_FIELD]
         raise GuidanceError(
-            "prompt_logprobs",
-            f"{guidance.method} has no probability for a given text; use a method that guides every token, or leave "
-            "prompt_logprobs, and logprobs beside echo, out",
+            field,
+            f"{guidance.method} has no log-probabilities of a given text; use a method that guides every token, or "
+            f"leave {field} out",
         )
 
 
-def check_mode(logprobs_mode: str) -> None:
+def check_mode(logprobs_mode: str, entry: Mapping[str, Any]) -> None:
     """Raises GuidanceError where the server was told to return log-probabilities of what is left to sample from: of a
     forced token that is always 0."""
     if logprobs_mode.startswith("processed"):
         raise GuidanceError(
-            "prompt_logprobs",
-            f"under guidance need a server without --logprobs-mode {logprobs_mode}; start it with raw_logprobs",
+            entry[LOGPROBS_FIELD],
+            "log-probabilities of a text under guidance need a server without --logprobs-mode "
+            f"{logprobs_mode}; start it with raw_logprobs",
         )
 
 
-def check_source(entry: dict[str, Any]) -> None:
+def check_source(entry: Mapping[str, Any]) -> None:
     """Raises GuidanceError for a conversation that a reward model reads as text: its form has none of the tokens of the
     base model's prompt."""
     if (entry.get("source") or {}).get("messages") is not None:
         raise GuidanceError(
-            "prompt_logprobs",
-            "of a conversation cannot be had under a reward model that reads text; send the text to /v1/completions",
+            entry[LOGPROBS_FIELD],
+            "log-probabilities of a conversation cannot be had under a reward model that reads text; send the text to "
+            "/v1/completions",
         )
 
 
@@ -80,6 +88,8 @@ def force_text(
     tokens = list(prompt["prompt_token_ids"])
     # A reward model that reads text gets the tokens of the prompt decoded: the request's own prompt is all of the text.
     forced = {**entry, "source": None, "key": uuid4().hex, "forced": tokens[start:], "max_tokens_field": "prompt"}
+    # What was measured is all of the text, of which the answer is a part.
+    forced["measured"] = {name: length - len(tokens) + start for name, length in entry.get("measured", {}).items()}
     scored = SamplingParams(
         temperature=0.0,
         max_tokens=len(tokens) - start,

@@ -4,8 +4,7 @@ import faulthandler
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 logger = logging.getLogger(__name__)
 
@@ -14,7 +13,7 @@ _TICKS = 10
 _STDERR = 2
 
 
-class Watchdog:
+class Watchdog(AbstractContextManager[None]):
     """Ends this process with code 1 when a turn takes longer than `limit` seconds, up to a fifth more, after the stacks
     of all threads.
 
@@ -27,14 +26,15 @@ class Watchdog:
         self._since: float | None = None
         threading.Thread(target=self._look, name="steersman-watchdog", daemon=True).start()
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self) -> AbstractContextManager[None]:
         """What has to end in time; turns do not nest."""
+        return self
+
+    def __enter__(self) -> None:
         self._since = time.monotonic()
-        try:
-            yield
-        finally:
-            self._since = None
+
+    def __exit__(self, *_: object) -> None:
+        self._since = None
 
     def _look(self) -> None:
         tick = self.limit / _TICKS

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
-from steersman.guidance.auxiliary import Unscorable
+import torch
+
+from steersman.guidance.auxiliary import TextUnreadable, Unscorable
 from steersman.guidance.checkpoints import ModelRefused
 from steersman.guidance.work import Failure
 from steersman.server.background import BackgroundTask, ModelLoad, free_apart
@@ -15,6 +17,14 @@ from steersman.server.reading import Wanted
 from steersman.server.reports import Finished
 
 _Scored = TypeVar("_Scored", list[float], tuple[list[float], int])
+
+
+class Measured(TypedDict):
+    """What text models make of a prompt, by name."""
+
+    tokens: dict[str, int]
+    unreadable: dict[str, str]
+    """Why it has no form that the model reads."""
 
 
 class GuidanceWorkerExtension:
@@ -74,6 +84,59 @@ class GuidanceWorkerExtension:
             return None
         return _scored(runtime, name, lambda: runtime.score_answers(name, prompt, responses, read_source(source)))
 
+    def steersman_score_hidden(
+        self, name: str, key: str, tokens: list[int]
+    ) -> list[float] | dict[str, str] | str | None:
+        """A reward head's outputs for `tokens`, each behind the position of the text `key` whose hidden state was kept
+        for it, or why they could not be had; None on a worker that knows nothing of the text."""
+        runtime = self._steersman_runtime()
+        if runtime is None or key not in runtime.hidden_states:
+            return None
+        return _scored(runtime, name, lambda: runtime.score_hidden(name, key, tokens))
+
+    def steersman_forget_hidden(self, key: str) -> None:
+        """Forgets what was kept of a text."""
+        runtime = self._steersman_runtime()
+        if runtime is not None:
+            runtime.hidden_states.forget(key)
+
+    def steersman_probe(self, name: str) -> list[list[int]] | None:
+        """The texts that a head is proven with; empty for another kind of model."""
+        runtime = self._steersman_runtime()
+        if runtime is None:
+            return None
+        head = runtime.models.heads.get(name)
+        return [] if head is None else head.probe.texts
+
+    def steersman_prove(self, name: str, keys: list[str]) -> dict[str, Any] | str | None:
+        """What a head is described by when it was compared with the base model, by the hidden states that were kept at
+        the ends of its probe's texts, or why it does not fit."""
+        runtime = self._steersman_runtime()
+        if runtime is None:
+            return None
+        if not all(key in runtime.hidden_states for key in keys):
+            return f"{name!r} cannot be proven: the base's hidden states were not handed over"
+        head = runtime.models.heads[name]
+        try:
+            head.prove(torch.cat([runtime.hidden_states.take(key) for key in keys]))
+        except (ModelRefused, RuntimeError) as refusal:
+            return str(refusal)
+        return head.describe()
+
+    def steersman_measure(self, names: list[str], prompt: list[int], source: dict[str, Any] | None) -> Measured | None:
+        """A prompt as each of the named text models reads it."""
+        runtime = self._steersman_runtime()
+        if runtime is None:
+            return None
+        tokens: dict[str, int] = {}
+        unreadable: dict[str, str] = {}
+        for name in names:
+            try:
+                tokens[name] = runtime.measure(name, prompt, read_source(source))
+            except TextUnreadable as error:
+                unreadable[name] = str(error)
+        return {"tokens": tokens, "unreadable": unreadable}
+
     def steersman_begin_load(self, kind: str, name: str, path: str, cache_bytes: int | None) -> None:
         """Begins to load a model beside the steps; see `steersman_advance_load`."""
         runtime, config = self._steersman_runtime(), self.model_runner.model_config
@@ -83,7 +146,10 @@ class GuidanceWorkerExtension:
         if cache_bytes is not None:
             destination = replace(destination, cache_bytes=cache_bytes)
         dtype = str(destination.dtype).removeprefix("torch.")
-        wanted = Wanted(kind, name, path, config.model, config.tokenizer, dtype, config.trust_remote_code)
+        wanted = Wanted(
+            *(kind, name, path, config.model, config.tokenizer, dtype, config.trust_remote_code),
+            served=destination.base,
+        )
         self._steersman_load = ModelLoad(wanted, destination)
 
     def steersman_advance_load(self) -> bool | str | None:

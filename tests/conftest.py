@@ -10,6 +10,7 @@ import torch
 import transformers
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
+from steersman.guidance.head_files import POLICY, REWARD
 from tests.support import interpreted_triton  # noqa: F401
 from tests.support.tiny import (
     VOCABULARY,
@@ -17,6 +18,7 @@ from tests.support.tiny import (
     randomise,
     save_adapter,
     save_base,
+    save_random_head,
     save_reward,
     save_vocabulary_reward,
 )
@@ -34,7 +36,7 @@ POISON = 319
 """A token whose embedding is NaN in the reward model `broken`: any prompt that holds it cannot be scored."""
 
 
-POLICIES = ("expert", "other", "slim", "adapter", "ill")
+POLICIES = ("expert", "other", "slim", "adapter", "ill", "tilted")
 
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """vLLM's executor for one GPU: on the CPU its own choice is another process, which spins while it waits."""
@@ -84,8 +86,9 @@ def rng() -> random.Random:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders `base`; reward models `first` (Llama), `second` (GPT-2), `narrow` (a window of 64), `broken`, `text`
-    (DeBERTa) and `every` (a vocabulary head); policies `expert` (Llama), `other` (GPT-2, its vocabulary padded), `slim`
-    (a window of 64), `adapter` (LoRA over the base) and `ill` (broken as a policy)."""
+    (DeBERTa), `every` (a vocabulary head) and `atop` (a head on the base); policies `expert` (Llama), `other` (GPT-2,
+    its vocabulary padded), `slim` (a window of 64), `adapter` (LoRA over the base), `ill` (broken as a policy) and
+    `tilted` (a head on the base)."""
     folder = tmp_path_factory.mktemp("models")
     save_base(folder / "base")
     save_reward(folder / "first", seed=1)
@@ -99,6 +102,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_base(folder / "other", seed=12, **gpt2, vocab_size=VOCABULARY + 8)
     save_base(folder / "slim", seed=13, max_position_embeddings=64)
     save_adapter(folder / "adapter", folder / "base", seed=14)
+    save_random_head(folder / "atop", folder / "base", REWARD, seed=16)
+    save_random_head(folder / "tilted", folder / "base", POLICY, seed=17)
     _poison(save_base(folder / "ill", seed=15), transformers.AutoModelForCausalLM)
     return folder
 
@@ -127,7 +132,7 @@ def server_v2(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 def serve_flags(models: Path) -> list[str]:
     """Flags of the shared server."""
-    names = ["first", "second", "narrow", "broken", "text", "every"]
+    names = ["first", "second", "narrow", "broken", "text", "every", "atop"]
     rewards = [flag for name in names for flag in ("--reward-model", f"{name}={models / name}")]
     policies = [flag for name in POLICIES for flag in ("--policy", f"{name}={models / name}")]
     presets = models / "presets.yaml"

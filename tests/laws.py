@@ -7,7 +7,7 @@ import torch
 
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
-from tests.support.oracle import plan_of
+from tests.support.oracle import draw_hidden, plan_of
 
 Guidances = Sequence[dict[str, Any] | None]
 
@@ -15,14 +15,15 @@ Guidances = Sequence[dict[str, Any] | None]
 def step(
     runtime: GuidanceRuntime, logits: torch.Tensor, prompts: Sequence[list[int]], guidances: Guidances
 ) -> torch.Tensor:
-    """One step over a copy of `logits` [B, V] for new requests, on the models' device; None leaves a row unguided.
-    Leaves nothing behind."""
+    """One step over a copy of `logits` [B, V] for new requests, on the models' device; None leaves a row unguided. The
+    base's hidden states are `draw_hidden`'s. Leaves nothing behind."""
     guided = logits.to(_device(runtime), copy=True)
     rows = []
     for n, (prompt, guidance) in enumerate(zip(prompts, guidances, strict=True)):
         if guidance is not None:
             rows.append(Row(n, runtime.start(("law", n), plan_of(guidance), len(prompt)), prompt, []))
-    runtime.step(guided, rows)
+    hidden = torch.stack([draw_hidden(prompt) for prompt in prompts]).to(guided)
+    runtime.step(guided, rows, hidden=hidden)
     for row in rows:
         assert row.request.error is None, row.request.error
         runtime.finish(row.request.key, [])

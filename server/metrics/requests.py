@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from prometheus_client import Counter, Gauge, Histogram
 
 from steersman.guidance.report import BASE_SOURCE, GUIDED_SOURCE, MIXTURE_SOURCE
-from steersman.guidance.request import METHODS, GuidanceError, ModelNotLoaded, UnreadableToken
+from steersman.guidance.request import METHODS, GuidanceError, ModelNotLoaded, TooLong, UnreadableToken
 
 Outcome = Literal["finished", "failed", "cancelled"]
 Refusal = Literal[
@@ -139,6 +139,8 @@ def reason_of(error: GuidanceError) -> Refusal:
         return "model_not_loaded"
     if isinstance(error, UnreadableToken):
         return "unsupported"
+    if isinstance(error, TooLong):
+        return "too_long"
     field = error.field.partition(".")[0]
     if field == "guidance":
         return "guidance"

@@ -1,9 +1,9 @@
 """What a worker counts: its steps, and what auxiliary models read and hold."""
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple, get_args
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -13,6 +13,8 @@ from steersman.guidance.work import FAULTS, PHASES, Work
 Stage = Literal["candidates", "rewards", "policies", "writing"]
 
 _SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 5)
+_STEPS_AT_ONCE = 32
+"""Steps that are shown together: one by one their histograms would cost as much as a small model's head."""
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 STEP = Histogram(
@@ -31,33 +33,52 @@ BLOCKS_IN_USE = Gauge(
 )
 
 
-class WorkerMetrics:
-    """Turns a runtime's own record into metrics, after every step."""
+class _Observed(NamedTuple):
+    """A step: its seconds, guided rows, and seconds by stage."""
+
+    seconds: float
+    rows: int
+    stages: list[float]
+
+
+class WorkerMetrics(AbstractContextManager[None]):
+    """Turns a runtime's own record into metrics."""
 
     def __init__(self, runtime: GuidanceRuntime) -> None:
         self._runtime = runtime
         self._shown: dict[tuple[str, str], int] = {}
         self._held: dict[str, tuple[int, int]] = {}
         self._known: set[str] = set()
-        for stage in (*get_args(Stage), "total"):
-            STEP.labels(stage)
+        self._stages = {stage: STEP.labels(stage) for stage in get_args(Stage)}
+        self._total = STEP.labels("total")
+        self._pending: list[_Observed] = []
+        self._began = _Observed(0.0, 0, [])
         self.show()
 
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Observes one decoding step, and what has been read in it."""
+    def step(self) -> AbstractContextManager[None]:
+        """Observes one decoding step, and what has been read in it; shown with others, a few steps late at most."""
+        return self
+
+    def __enter__(self) -> None:
         work = self._runtime.work
-        seconds, rows, began = _seconds(work), work.rows, time.perf_counter()
-        yield
-        STEP.labels("total").observe(time.perf_counter() - began)
-        ROWS.observe(work.rows - rows)
-        for stage, after in _seconds(work).items():
-            if after > seconds[stage]:
-                STEP.labels(stage).observe(after - seconds[stage])
-        self.show()
+        self._began = _Observed(time.perf_counter(), work.rows, _seconds(work))
+
+    def __exit__(self, *_: object) -> None:
+        work, began = self._runtime.work, self._began
+        stages = [after - before for before, after in zip(began.stages, _seconds(work), strict=True)]
+        self._pending.append(_Observed(time.perf_counter() - began.seconds, work.rows - began.rows, stages))
+        if len(self._pending) >= _STEPS_AT_ONCE:
+            self.show()
 
     def show(self) -> None:
-        """Brings counters and gauges up to date."""
+        """Brings counters, histograms and gauges up to date."""
+        for observed in self._pending:
+            self._total.observe(observed.seconds)
+            ROWS.observe(observed.rows)
+            for stage, seconds in zip(self._stages.values(), observed.stages, strict=True):
+                if seconds > 0:
+                    stage.observe(seconds)
+        self._pending.clear()
         models = {**self._runtime.reward_models, **self._runtime.policies}
         self._follow(models)
         work = self._runtime.work
@@ -94,5 +115,6 @@ class WorkerMetrics:
             self._shown[name, label] = total
 
 
-def _seconds(work: Work) -> dict[str, float]:
-    return {stage: getattr(work, f"{stage}_seconds") for stage in get_args(Stage)}
+def _seconds(work: Work) -> list[float]:
+    """In the order of Stage."""
+    return [work.candidates_seconds, work.rewards_seconds, work.policies_seconds, work.writing_seconds]

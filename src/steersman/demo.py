@@ -22,16 +22,16 @@ from steersman.server.cpu import SMALL
 WORLD = Path(__file__).parent / "training" / "world"
 MODELS = WORLD / "models"
 REWARD_MODELS = {
-    **{"helpful": "reward-partial", "swift": "reward-vocabulary"},
+    **{"instant": "reward-head", "helpful": "reward-partial", "swift": "reward-vocabulary"},
     **{"full": "reward-full", "judge": "reward-evaluation"},
 }
-"""Names under which the demo serves its reward models; `swift` has a vocabulary head, `judge` is trained apart and steers
-nothing."""
-POLICIES = {"dpo": "dpo"}
+"""Names under which the demo serves its reward models; `instant` is a head on the base model, `swift` has a vocabulary
+head, `judge` is trained apart and steers nothing."""
+POLICIES = {"dpo": "dpo", "dpo-head": "dpo-head"}
 PRESETS = WORLD / "presets.yaml"
 
 _START_LIMIT_S = 300
-_GUIDANCE = {"method": "pargs", "reward_model": "helpful", "beta": 2.0, "top_k": 10}
+_GUIDANCE = {"method": "pargs", "reward_model": "instant", "beta": 3.0, "top_k": 10}
 _PROMPT, _SEED = 7, 1
 
 
@@ -111,7 +111,7 @@ def show(url: str, console: Console) -> None:
     answers = [choice["text"] for choice in choices]
     table.add_row("answer", *(answer.strip() for answer in answers))
     table.add_row("gold reward (at most 3.5)", *(f"{gold.score(prompt, answer).total:.2f}" for answer in answers))
-    for name, meaning in (("helpful", "reward model that steers"), ("judge", "independent reward model")):
+    for name, meaning in (("instant", "reward model that steers"), ("judge", "independent reward model")):
         table.add_row(meaning, *(_reward(url, name, prompt, answer) for answer in answers))
     table.add_row("tokens that steering changed", "0", str(choices[1]["guidance"]["interventions"]))
     console.print(table)

@@ -150,7 +150,7 @@ def test_the_servers_refusal_is_the_sdks_error(client: Steersman) -> None:
 def test_guidance_lists_what_the_server_offers(client: Steersman) -> None:
     offered = client.guidance()
     models = {model.name: model for model in offered.reward_models}
-    assert set(models) == {"first", "second", "narrow", "broken", "text", "every"}
+    assert set(models) == {"first", "second", "narrow", "broken", "text", "every", "atop"}
     assert (models["narrow"].window, models["narrow"].kind, models["text"].kind) == (64, "causal", "text")
     assert offered.methods["pargs"]["properties"].keys() == RewardGuidance.model_fields.keys()
     assert {"expert", "other"} <= {policy.name for policy in offered.policies}

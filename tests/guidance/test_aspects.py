@@ -1,6 +1,7 @@
 """A reward model with an output for every aspect guides as the weighted sum of its outputs."""
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ import torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    LlamaConfig,
     LlamaForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
 
 from steersman.guidance import reward_loading
-from steersman.guidance.aspects import weigh_outputs
+from steersman.guidance.aspects import describe_aspects, weigh_outputs
 from steersman.guidance.auxiliary import Prefix
 from steersman.guidance.checkpoints import ModelRefused
 from steersman.guidance.reward_loading import inspect_checkpoint, load_reward_model
@@ -53,6 +55,27 @@ def test_candidates_texts_and_answers_get_the_weighted_sum(models: Path, folder:
     assert ends == pytest.approx([reward([*prompt, *answer]) for answer in answers], abs=1e-4)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_model_whose_outputs_are_weighed_has_one(folder: Path, rng: random.Random, bias: bool) -> None:
+    model, plain = (AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    for each in (model, plain):
+        each.score.bias = torch.nn.Parameter(torch.tensor([0.5, -1.0, 2.0])) if bias else None
+    weigh_outputs(model)
+    ids = torch.tensor(random_prompts(rng, 1, shortest=5))
+    with torch.inference_mode():
+        expected = plain(input_ids=ids).logits @ torch.tensor(list(WEIGHTS.values()))
+        torch.testing.assert_close(model(input_ids=ids).logits, expected.unsqueeze(-1), rtol=0, atol=1e-5)
+    assert model.config.num_labels == model.num_labels == model.score.out_features == 1
+    assert not any(parameter.requires_grad for parameter in model.score.parameters())
+
+
+def test_models_of_another_kind_have_no_x(models: Path) -> None:
+    config = LlamaConfig()
+    assert describe_aspects(config) == {}
+    config.steersman = {"kind": "full"}
+    assert describe_aspects(config) == {}
+
+
 def test_users_are_shown_what_each_aspect_weighs(models: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(models / "base")
     assert inspect_checkpoint("aspects", str(folder), tokenizer)[2] == "causal"
@@ -78,7 +101,10 @@ def test_a_model_that_knows_ends_of_segments_only_is_served_with_a_warning(
         ({"weights": [0.5, 0.5]}, "3 outputs, but 3 steersman.aspects and 2 steersman.weights"),
         ({"aspects": ["wit"], "weights": [1.0]}, "3 outputs, but 1 steersman.aspects"),
         ({"weights": None}, "steersman.weights, a number for each"),
-        ({"weights": [1.0, "much", 1.0]}, "steersman.weights, a number for each"),
+        *(
+            ({"weights": [1.0, value, 1.0]}, "steersman.weights, a number for each")
+            for value in ("much", True, math.nan, math.inf)
+        ),
         ({"aspects": "wit"}, "needs steersman.aspects, their names"),
     ],
 )

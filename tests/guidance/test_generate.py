@@ -8,20 +8,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from steersman.guidance.checkpoints import ModelRefused
 from steersman.guidance.generate import GuidanceLogitsProcessor, load_runtime
 from steersman.guidance.request import GuidanceError
 from steersman.guidance.runtime import GuidanceRuntime
 from tests.support.distribution import CASES, DRAWS, check_draws
-from tests.support.oracle import load_oracle
-from tests.support.random_input import random_guidance, random_policy_guidance, random_prompts
+from tests.support.oracle import head_rewards, load_oracle
+from tests.support.random_input import random_guidance, random_policy_guidance, random_prompts, random_whole_guidance
 from tests.support.tiny import END
+
+HEAD: dict[str, Any] = {"method": "pargs", "reward_model": "atop", "beta": 1.3, "top_k": 5}
 
 
 @pytest.fixture(scope="module")
 def runtime(models: Path) -> GuidanceRuntime:
     tokenizer = AutoTokenizer.from_pretrained(models / "base")
-    rewards = {name: str(models / name) for name in ("first", "second")}
-    policies = {name: str(models / name) for name in ("expert", "other")}
+    rewards = {name: str(models / name) for name in ("first", "second", "every", "atop")}
+    policies = {name: str(models / name) for name in ("expert", "other", "tilted")}
     return load_runtime(tokenizer, rewards, policies, cache_bytes=2**22)
 
 
@@ -29,8 +32,8 @@ def runtime(models: Path) -> GuidanceRuntime:
 def roomy_runtime(models: Path) -> GuidanceRuntime:
     """With room for thousands of rows at once."""
     tokenizer = AutoTokenizer.from_pretrained(models / "base")
-    rewards = {name: str(models / name) for name in ("first", "second")}
-    policies = {name: str(models / name) for name in ("expert", "other")}
+    rewards = {name: str(models / name) for name in ("first", "second", "every", "atop")}
+    policies = {name: str(models / name) for name in ("expert", "other", "tilted")}
     return load_runtime(tokenizer, rewards, policies, cache_bytes=2**27)
 
 
@@ -49,7 +52,8 @@ def test_greedy_answers_and_reports_are_the_references_for_padded_prompts(
     prompts = random_prompts(rng, 200, longest=40)
     for start in range(0, len(prompts), 25):
         batch = prompts[start : start + 25]
-        guidance = [random_guidance(rng) if n % 2 else random_policy_guidance(rng) for n, _ in enumerate(batch)]
+        kinds = (random_guidance, random_policy_guidance, random_whole_guidance)
+        guidance = [kinds[n % 3](rng) for n, _ in enumerate(batch)]
         ids, mask = _left_padded(batch)
         processor = GuidanceLogitsProcessor(base, runtime, guidance, mask, seed=start)
         sequences = base.generate(
@@ -60,13 +64,13 @@ def test_greedy_answers_and_reports_are_the_references_for_padded_prompts(
             response = sequences[n, ids.shape[1] :].tolist()
             response = response[: response.index(END) + 1] if END in response else response
             oracle.assert_greedy(prompt, wanted, response, 8)
-            if n % 3 == 0:
+            if n % 2 == 0:
                 assert report is not None
                 oracle.assert_report(
                     prompt, wanted, response, {f: getattr(report, f) for f in report.__dataclass_fields__}
                 )
     for model in (*runtime.reward_models.values(), *runtime.policies.values()):
-        assert model.describe()["cache_blocks_in_use"] == 0
+        assert model.describe().get("cache_blocks_in_use", 0) == 0
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -144,6 +148,56 @@ def test_what_processors_in_front_do_to_logits_acts_on_the_guided_ones_once(
     torch.testing.assert_close(
         scores[-1][support].log_softmax(-1), expected[support].log_softmax(-1), rtol=0, atol=1e-4
     )
+
+
+def test_a_heads_rewards_are_those_of_the_hidden_states_that_the_model_was_given_a_cache_of(
+    models: Path, runtime: GuidanceRuntime, base: Any, rng: random.Random
+) -> None:
+    """Each step of `generate` computes the last token's hidden state only."""
+    rewards = head_rewards(models / "atop", models / "base")
+    batch = random_prompts(rng, 6, shortest=2, longest=40)
+    ids, mask = _left_padded(batch)
+    widths: list[int] = []
+    processor = GuidanceLogitsProcessor(base, runtime, HEAD, mask)
+    hook = base.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
+    sequences = base.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=6,
+        do_sample=True,
+        top_k=0,
+        use_cache=True,
+        logits_processor=[processor],
+    )
+    reports = processor.finish(sequences)
+    hook.remove()
+    assert set(widths[1:]) == {1}, "the cache is on"
+    for prompt, row, report in zip(batch, sequences.tolist(), reports, strict=True):
+        response = row[ids.shape[1] :]
+        response = response[: response.index(END) + 1] if END in response else response
+        assert report is not None
+        expected = float(rewards([[*prompt, *response]]))
+        assert report.rewards["atop"] == pytest.approx(expected, abs=1e-5, rel=1e-5)
+        assert (report.reward_model_tokens, report.policy_tokens) == (0, 0)
+
+
+def test_a_head_is_refused_on_another_model_than_its_base(
+    models: Path, runtime: GuidanceRuntime, base: torch.nn.Module
+) -> None:
+    other = AutoModelForCausalLM.from_pretrained(models / "expert", dtype=torch.float32)
+    wider = AutoModelForCausalLM.from_pretrained(models / "other", dtype=torch.float32)
+    policy = {"method": "mixed", "policy": "tilted", "mix": 0.5}
+    for guidance, name in ((HEAD, "reward model 'atop'"), (policy, "policy 'tilted'")):
+        for model in (other, wider):
+            with pytest.raises(ModelRefused, match=name):
+                GuidanceLogitsProcessor(model, runtime, guidance)
+            assert not model._forward_hooks, "nothing of a refused call stays at the model"
+            assert not model.get_output_embeddings()._forward_pre_hooks
+        GuidanceLogitsProcessor(base, runtime, guidance).finish(torch.zeros(0, 1, dtype=torch.long))
+        # A model that needs no head is guided by other means all the same.
+        GuidanceLogitsProcessor(other, runtime, {"method": "pargs", "reward_model": "first"}).finish(
+            torch.zeros(0, 1, dtype=torch.long)
+        )
 
 
 def test_beam_search_and_unknown_models_are_refused(runtime: GuidanceRuntime, base: torch.nn.Module) -> None:

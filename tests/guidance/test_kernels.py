@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from steersman.guidance.reference import ReferenceModels, reference_step
-from steersman.guidance.request import parse_guidance
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
 from steersman.kernels.launch import Launch
 from steersman.server import compilation
 from tests import laws
 from tests.support.gpu_runtime import DEVICE, acting_as_gpu, count_launches, load_gpu_runtime
-from tests.support.oracle import causal_rewards, language_model, load_oracle, plan_of, vocabulary_rewards
+from tests.support.oracle import (
+    load_oracle,
+    plan_of,
+    reference_over,
+)
 from tests.support.random_input import random_prompts
 from tests.support.tiny import VOCABULARY
 
@@ -33,9 +35,16 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "with a budget": {"method": "pargs", "reward_model": "first", "top_k": 8, "kl_budget": 12.0},
     "a vocabulary head": {"method": "pargs", "reward_model": "every", "beta": 1.1, "top_k": 7},
+    "a head": {"method": "pargs", "reward_model": "atop", "beta": 1.1, "top_k": 7},
+    "a head, every token": {"method": "pargs", "reward_model": "atop", "beta": 1.1, "top_k": None},
+    "a head policy": {"method": "mixed", "policy": "tilted", "mix": 0.8},
+    "a threshold on a head": {"method": "kl_threshold", "policy": "tilted", "threshold": 0.5, "mix": 0.3},
+    "a head over a head": {
+        "method": "pargs", "reward_model": "atop", "policies": {"base": 0.4, "tilted": 0.6}, "top_k": 5,
+    },
     "two kinds of reward": {
         "method": "pargs", "beta": 0.9, "top_k": 6,
-        "rewards": [{"model": "every", "weight": 0.7}, {"model": "first", "weight": 0.4}],
+        "rewards": [{"model": "every", "weight": 0.7}, {"model": "first", "weight": 0.4}, {"model": "atop"}],
     },
     "mixed": {"method": "mixed", "policy": "expert", "mix": 0.6},
     "length control": {"method": "length_control", "policy": "expert", "length": 3},
@@ -74,21 +83,15 @@ def launched() -> Iterator[Counter[str]]:
 def test_the_distribution_is_the_references(
     on_kernels: GuidanceRuntime, models: Path, rng: random.Random, launched: Counter[str], guidance: dict[str, Any]
 ) -> None:
-    rewards = {name: causal_rewards(models / name) for name in ("first", "second")}
-    rewards["every"] = vocabulary_rewards(models / "every")
-    policies = {name: language_model(models / name) for name in ("expert", "other")}
-
-    def reference(logits: torch.Tensor, prompt: list[int], guidance: dict[str, Any]) -> torch.Tensor:
-        sources = ReferenceModels(lambda _: logits, 1, rewards, policies)
-        return reference_step(prompt, parse_guidance(guidance), sources).logprobs  # type: ignore[arg-type]
-
+    reference = reference_over(models)
     logits, prompts = 2 * torch.randn(3, VOCABULARY), random_prompts(rng, 3, longest=40)
     logits[1, 5:] = torch.where(torch.rand(VOCABULARY - 5) < 0.9, -torch.inf, logits[1, 5:])
     laws.assert_equals_reference(on_kernels, logits, prompts, [guidance] * 3, reference)
     by_rewards, budgeted = "rewards" in guidance or "reward_model" in guidance, "kl_budget" in guidance
     # What a graph replays on a GPU is not seen from here.
-    assert launched["_attend"] > 0 or DEVICE.type == "cuda"
-    assert (launched["_rerank"] > 0) == (by_rewards and not budgeted)
+    atop = {"atop", "tilted"} & set(plan_of(guidance).models)
+    assert (launched["_attend"] > 0) == (atop != set(plan_of(guidance).models)) or DEVICE.type == "cuda"
+    assert (launched["_rerank"] > 0) == (by_rewards and not budgeted and guidance["top_k"] is not None)
     assert (launched["_blend"] > 0) == (guidance["method"] in ("mixed", "length_control", "kl_threshold"))
 
 
@@ -118,7 +121,7 @@ def test_what_steps_launch_has_been_compiled_before(
     laws.step(on_kernels, 2 * torch.randn(len(methods), VOCABULARY), prompts, methods)
     laws.step(on_kernels, 2 * torch.randn(1, VOCABULARY), prompts[:1], methods[:1])
     kernels = {variant[0] for variant in found}
-    assert kernels == {"_scan", "_finish", "_rerank", "_stream", "_sample", "_blend", "_attend", "_merge"}
+    assert kernels == {"_scan", "_finish", "_rerank", "_gather", "_stream", "_sample", "_blend", "_attend", "_merge"}
     assert not found - compiled
 
 

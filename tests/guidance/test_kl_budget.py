@@ -8,12 +8,15 @@ import torch
 from transformers import AutoTokenizer
 
 from steersman.guidance.generate import load_runtime
-from steersman.guidance.kl_budget import SHARE, fit_budget
-from steersman.guidance.rows import Row
+from steersman.guidance.kl_budget import fit_budget, fit_budgets
+from steersman.guidance.rows import GuidedRequest, Row, Steered
 from steersman.guidance.runtime import GuidanceRuntime
 from tests.support.oracle import plan_of
 from tests.support.random_input import random_prompts
 from tests.support.tiny import VOCABULARY
+
+SHARE = 1 / 8
+"""Of what is left that one position may take."""
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,49 @@ def test_a_position_that_would_take_more_is_weakened_to_its_share(rng: random.Ra
     strength = (change * whole).sum(-1, keepdim=True) / (whole * whole).sum(-1, keepdim=True)
     torch.testing.assert_close(change, strength * whole, rtol=0, atol=1e-4)
     assert bool(((strength > 0) & (strength < 1)).all())
+
+
+def test_only_tokens_that_base_and_guidance_both_allow_are_counted_and_stay_possible(rng: random.Random) -> None:
+    base, change = torch.randn(8, 40), 3 * torch.randn(8, 40)
+    scores, masked = base + change, torch.rand(2, 8, 40) < 0.3
+    base, scores = base.masked_fill(masked[0], -torch.inf), scores.masked_fill(masked[1], -torch.inf)
+    left = torch.tensor([0.2, 1000.0]).repeat(4)
+    fitted = fit_budget(scores, base, left)
+    absent = masked.any(dim=0)
+    assert torch.equal(fitted.scores.isneginf(), absent)
+    p = fitted.scores.double().softmax(-1)
+    q = base.double().masked_fill(absent, -torch.inf).softmax(-1)
+    kl = torch.where(absent, 0.0, p * (p / q).log()).sum(-1)
+    torch.testing.assert_close(kl, fitted.kl.double(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(kl[::2], SHARE * left[::2].double(), rtol=1e-3, atol=1e-5)
+    free = scores[1::2].masked_fill(absent[1::2], -torch.inf)
+    torch.testing.assert_close(fitted.scores[1::2].softmax(-1), free.softmax(-1))
+
+
+def test_a_batch_without_a_budget_is_left_as_it_is() -> None:
+    plan, scores = plan_of({"method": "mixed", "policy": "p", "mix": 1.0}), torch.randn(1, 40)
+    steered = [Steered(Row(0, GuidedRequest(0, plan, 1), [3], []), plan.formula)]
+    assert fit_budgets(steered, scores, torch.randn(1, 40)) is scores
+
+
+def test_each_row_with_a_budget_spends_its_own_and_a_row_of_nan_spends_nothing(rng: random.Random) -> None:
+    guidance = {"method": "mixed", "policy": "p", "mix": 1.0}
+    steered, base = [], torch.randn(5, 40)
+    scores = base + 3 * torch.randn(5, 40)
+    for n, budget in enumerate([4.0, None, 8.0, 1000.0, 4.0]):
+        request = GuidedRequest(n, plan_of({**guidance, "kl_budget": budget}), 1)
+        request.spent = [] if budget is None else [1.0, 0.0]
+        steered.append(Steered(Row(n, request, [3], [4]), request.plan.formula))
+    scores[4] = torch.nan
+    fitted = fit_budgets(steered, scores, base)
+    assert torch.equal(fitted[1], scores[1])
+    assert bool(fitted[4].isnan().all())
+    p, q = fitted.double().log_softmax(-1), base.double().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1).tolist()
+    assert kl[:3:2] == pytest.approx([SHARE * 3.0, SHARE * 7.0], rel=1e-3)
+    for n in (0, 2, 3):
+        assert steered[n].row.request.spent == [1.0, pytest.approx(kl[n], rel=1e-3)]
+    assert [steered[n].row.request.spent for n in (1, 4)] == [[], [1.0, 0.0]]
 
 
 def test_what_the_top_k_leave_out_is_not_counted(rng: random.Random) -> None:

@@ -10,12 +10,10 @@ import torch
 from transformers import AutoTokenizer
 
 from steersman.guidance.generate import load_runtime
-from steersman.guidance.reference import ReferenceModels, reference_step
-from steersman.guidance.request import parse_guidance
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
 from tests import laws
-from tests.support.oracle import causal_rewards, language_model, plan_of, vocabulary_rewards
+from tests.support.oracle import language_model, plan_of, reference_over
 from tests.support.random_input import any_guidance, random_prompts
 from tests.support.tiny import VOCABULARY
 
@@ -41,6 +39,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "every token's reward with a budget": {
         "method": "pargs", "reward_model": "every", "beta": 2.0, "top_k": None, "kl_budget": 0.3,
     },
+    "a head": {"method": "pargs", "reward_model": "atop", "beta": 1.3, "top_k": 6},
+    "every token's reward by a head": {"method": "pargs", "reward_model": "atop", "beta": 1.3, "top_k": None},
+    "a head over a policy head": {
+        "method": "pargs", "reward_model": "atop", "policies": {"base": 0.4, "tilted": 0.6}, "beta": 0.9,
+    },
+    "a policy head": {"method": "mixed", "policy": "tilted", "mix": 0.6},
+    "kl_threshold by a head": {"method": "kl_threshold", "policy": "tilted", "threshold": 0.01, "mix": 0.4},
     "gated pargs": {"method": "pargs", "reward_model": "first", "gate": {"first_tokens": 4, "entropy_above": 0.5}},
     "pargs with a budget": {"method": "pargs", "reward_model": "first", "kl_budget": 12.0},
     "mixed with a budget": {"method": "mixed", "policy": "expert", "mix": 1.0, "kl_budget": 0.2},
@@ -50,8 +55,8 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def runtime(models: Path) -> GuidanceRuntime:
     tokenizer = AutoTokenizer.from_pretrained(models / "base")
-    rewards = {name: str(models / name) for name in ("first", "second", "every")}
-    policies = {name: str(models / name) for name in ("expert", "other", "ill")}
+    rewards = {name: str(models / name) for name in ("first", "second", "every", "atop")}
+    policies = {name: str(models / name) for name in ("expert", "other", "ill", "tilted")}
     return load_runtime(tokenizer, rewards, policies, cache_bytes=2**22)
 
 
@@ -59,7 +64,7 @@ def runtime(models: Path) -> GuidanceRuntime:
 def nothing_is_left_behind(runtime: GuidanceRuntime) -> Iterator[None]:
     yield
     for model in (*runtime.reward_models.values(), *runtime.policies.values()):
-        assert model.describe()["cache_blocks_in_use"] == 0
+        assert model.describe().get("cache_blocks_in_use", 0) == 0
 
 
 @pytest.mark.parametrize("guidance", METHODS.values(), ids=list(METHODS))
@@ -90,14 +95,7 @@ def test_batched_equals_single_whatever_the_neighbours_ask_for(runtime: Guidance
 
 
 def test_the_distribution_is_the_references(runtime: GuidanceRuntime, models: Path, rng: random.Random) -> None:
-    rewards = {name: causal_rewards(models / name) for name in ("first", "second")}
-    rewards["every"] = vocabulary_rewards(models / "every")
-    policies = {name: language_model(models / name) for name in ("expert", "other")}
-
-    def reference(logits: torch.Tensor, prompt: list[int], guidance: dict[str, Any]) -> torch.Tensor:
-        sources = ReferenceModels(lambda _: logits, 1, rewards, policies)
-        return reference_step(prompt, parse_guidance(guidance), sources).logprobs  # type: ignore[arg-type]
-
+    reference = reference_over(models)
     for guidance in METHODS.values():
         logits, prompts = 2 * torch.randn(4, VOCABULARY), random_prompts(rng, 4, longest=40)
         laws.assert_equals_reference(runtime, logits, prompts, [guidance] * 4, reference)

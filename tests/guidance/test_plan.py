@@ -107,4 +107,12 @@ def test_the_support_is_the_top_k_only_where_rewards_have_one() -> None:
     assert plan_of({**REWARDS, "top_k": None}).formula.top_k == 0
     assert not plan_of({"method": "mixed", "policy": "p", "mix": 0.5}).formula.has_candidates
     assert not plan_of(REWARDS).formula.is_base
+    assert not Formula(top_k=5).has_candidates
+
+
+def test_a_formula_is_the_base_only_without_any_term() -> None:
+    assert Formula().is_base
+    assert Formula() == Formula(base=1.0, policies=(), rewards=(), beta=0.0, top_k=0, end_token=False)
     assert not Formula(base=0.5).is_base
+    assert not Formula(policies=(PolicyTerm("p", 0.5),)).is_base
+    assert not Formula(rewards=plan_of(REWARDS).formula.rewards).is_base

@@ -1,18 +1,23 @@
 """Policies' cached logits are those of plain forwards, for every architecture, and adapters are the merged model's."""
 
 import copy
+import json
 import random
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from steersman.guidance.auxiliary import Prefix
+from steersman.guidance.auxiliary import CausalModel, Prefix
+from steersman.guidance.cache import BLOCK_SIZE
 from steersman.guidance.checkpoints import ModelRefused
-from steersman.guidance.policies import Policy, load_policy
+from steersman.guidance.policies import Policy, inspect_policy, is_adapter, load_policy
 from steersman.guidance.readings import Readings
 from steersman.guidance.rows import GuidedRequest, Row
 from tests.support.oracle import plan_of
@@ -86,6 +91,137 @@ def test_vocabularies_padded_differently_are_brought_to_the_bases_width(width: i
     assert torch.equal(gathered[:, :common], logits[[2, 0], :common])
     assert bool((gathered[:, common:] == -torch.inf).all())
     assert not readings.has("p", Row(7, request, [5], []))
+
+
+def test_a_policy_is_served_as_it_was_asked_for(models: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models / "base")
+    policy = load_policy("p", str(models / "expert"), str(models / "base"), tokenizer, cache_bytes=2**22)
+    assert policy.model.dtype == torch.float32
+    assert (policy.kind, policy.describe()["kind"], policy.name) == ("policy", "policy", "p")
+    half = load_policy(
+        "p", str(models / "expert"), str(models / "base"), tokenizer, dtype=torch.bfloat16, cache_bytes=2**22
+    )
+    assert half.model.dtype == torch.bfloat16
+    assert half.model.cache.keys[0].dtype == torch.bfloat16
+    assert half.describe()["weight_bytes"] * 2 == policy.describe()["weight_bytes"]
+    assert not any(parameter.requires_grad for parameter in policy.model.model.parameters())
+
+
+def test_a_cache_has_256_mib_and_room_for_64_rows_unless_told_otherwise(models: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models / "base")
+    policy = load_policy("p", str(models / "expert"), str(models / "base"), tokenizer)
+    cache, block = policy.cache, policy.model.bytes_per_token * BLOCK_SIZE
+    assert (cache.memory, len(cache.scratch)) == (256 * 2**20 // block * block, 64)
+    assert len(Policy(policy.model.model, "p", 2**24).cache.scratch) == 64
+    sized = load_policy("p", str(models / "expert"), str(models / "base"), tokenizer, cache_bytes=2**24, max_rows=9)
+    assert (sized.cache.memory, len(sized.cache.scratch)) == (2**24 // block * block, 9)
+
+
+def test_a_model_whose_cached_steps_are_off_is_not_served(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, step = AutoTokenizer.from_pretrained(models / "base"), CausalModel.step
+
+    def wrong(*given: Any, **more: Any) -> torch.Tensor:
+        outputs = step(*given, **more)
+        return outputs + torch.randn_like(outputs)
+
+    monkeypatch.setattr(CausalModel, "step", wrong)
+    with pytest.raises(ModelRefused, match="cached outputs differ from plain forwards"):
+        load_policy("p", str(models / "expert"), str(models / "base"), tokenizer, cache_bytes=2**22)
+
+
+def test_an_adapter_that_spoils_the_bases_weights_is_refused(models: Path, tmp_path: Path) -> None:
+    tokenizer, folder = AutoTokenizer.from_pretrained(models / "base"), copy_of(models / "adapter", tmp_path / "spoilt")
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    next(iter(weights.values()))[0, 0] = torch.nan
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ModelRefused, match="does not fit the base model: NaNs detected"):
+        load_policy("p", str(folder), str(models / "base"), tokenizer, cache_bytes=2**22)
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_weights_that_are_missing_are_named(models: Path, tmp_path: Path) -> None:
+    tokenizer, folder = AutoTokenizer.from_pretrained(models / "base"), copy_of(models / "expert", tmp_path / "holes")
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    dropped = sorted(name for name in weights if "mlp" in name)[:4]
+    save_file({name: value for name, value in weights.items() if name not in dropped}, file, {"format": "pt"})
+    with pytest.raises(ModelRefused, match=f"policy 'p': .* lacks the weights {', '.join(dropped[:3])}$"):
+        load_policy("p", str(folder), str(models / "base"), tokenizer)
+
+
+def test_no_code_of_a_checkpoint_is_run_unless_that_is_asked_for(models: Path, tmp_path: Path) -> None:
+    tokenizer, folder = AutoTokenizer.from_pretrained(models / "base"), copy_of(models / "expert", tmp_path / "coded")
+    edit_config(folder, model_type="coded", auto_map={"AutoConfig": "coded.CodedConfig"})
+    ran = tmp_path / "ran"
+    (folder / "coded.py").write_text(f"open({str(ran)!r}, 'w')\nraise ValueError('its code ran')\n")
+    for options in ({}, {"trust_remote_code": False}):
+        with pytest.raises(ModelRefused, match="policy 'p'"):
+            load_policy("p", str(folder), str(models / "base"), tokenizer, **options)
+        assert not ran.exists()
+    with pytest.raises(ModelRefused, match="its code ran"):
+        load_policy("p", str(folder), str(models / "base"), tokenizer, trust_remote_code=True)
+
+
+def test_an_adapter_without_peft_is_refused_with_what_to_install(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    tokenizer = AutoTokenizer.from_pretrained(models / "base")
+    with pytest.raises(ModelRefused, match=r"policy 'p': an adapter needs the package peft; .* pip install peft"):
+        inspect_policy("p", str(models / "adapter"), str(models / "base"), tokenizer, False)
+    inspect_policy("p", str(models / "expert"), str(models / "base"), tokenizer, False)
+
+
+def test_a_tokenizer_that_an_adapter_brings_along_must_be_the_bases(models: Path, tmp_path: Path) -> None:
+    tokenizer, folder = AutoTokenizer.from_pretrained(models / "base"), copy_of(models / "adapter", tmp_path / "own")
+    assert is_adapter(str(folder))
+    assert not is_adapter(str(models / "expert"))
+    tokenizer.save_pretrained(folder)
+    inspect_policy("p", str(folder), str(models / "base"), tokenizer, False)
+    build_tokenizer(vocabulary=300).save_pretrained(folder)
+    with pytest.raises(ModelRefused, match="another vocabulary than the base model"):
+        inspect_policy("p", str(folder), str(models / "base"), tokenizer, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"vocab_size": VOCABULARY - 1}, "token ids"),
+        ({"architectures": None}, "is a model without an architecture, not a causal language model"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "is a LlamaForSequenceClassification, not a causal"),
+        ({"architectures": ["GPT2LMHeadModel"]}, None),
+        ({"model_type": "nothing of the kind"}, "cannot be read"),
+    ],
+)
+def test_a_checkpoint_is_judged_before_its_weights_are_read(
+    models: Path, tmp_path: Path, changes: dict[str, Any], complaint: str | None
+) -> None:
+    tokenizer, folder = AutoTokenizer.from_pretrained(models / "base"), copy_of(models / "expert", tmp_path / "other")
+    edit_config(folder, **changes)
+    if complaint is None:
+        inspect_policy("p", str(folder), str(models / "base"), tokenizer, False)
+        return
+    with pytest.raises(ModelRefused, match=f"policy 'p': .*{complaint}"):
+        inspect_policy("p", str(folder), str(models / "base"), tokenizer, False)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(models: Path, tmp_path: Path) -> None:
+    tokenizer, folder = AutoTokenizer.from_pretrained(models / "base"), copy_of(models / "expert", tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text("{")
+    with pytest.raises(ModelRefused, match=r"policy 'p': the tokenizer of .* cannot be read"):
+        inspect_policy("p", str(folder), str(models / "base"), tokenizer, False)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelRefused, match=r"policy 'p': the tokenizer of .* cannot be read"):
+        inspect_policy("p", str(folder), str(models / "base"), tokenizer, False)
 
 
 def test_what_cannot_be_combined_is_refused_with_the_way_out(models: Path, tmp_path: Path) -> None:

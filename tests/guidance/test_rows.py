@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from steersman.guidance.report import ChosenStep, Position, VocabularyStep
+from steersman.guidance.report import ChosenStep, Counts, Position, VocabularyStep
 from steersman.guidance.rows import GuidedRequest, LastTokens, Row, Steered, begin_positions, choose_last_token
 from tests.support.oracle import plan_of
 
@@ -21,11 +21,13 @@ def start(guidance: dict[str, Any] = BUDGETED, output: int = 0, index: int = 0) 
 
 def draw_step(lines: int) -> VocabularyStep:
     base, guided = torch.randn(lines, WIDTH), torch.randn(lines, WIDTH)
-    return VocabularyStep(base, guided, base.logsumexp(-1), guided.logsumexp(-1), torch.ones(lines, dtype=torch.bool))
+    changed, opened = base.argmax(-1) != guided.argmax(-1), torch.ones(lines, dtype=torch.bool)
+    return VocabularyStep(base, guided, base.logsumexp(-1), guided.logsumexp(-1), changed, opened)
 
 
 def begin(rows: list[Row]) -> None:
-    begin_positions(rows, torch.tensor([[*row.prompt, *row.output][-1] for row in rows]))
+    tokens = torch.tensor([[*row.prompt, *row.output][-1] for row in rows])
+    begin_positions(rows, LastTokens(rows, lambda: tokens))
 
 
 def logprobs_of(position: Position) -> list[float]:
@@ -115,6 +117,39 @@ def test_what_stands_below_a_gate_is_recorded_where_the_gate_is_decided_later() 
         assert row.request.positions[-1].below == below
 
 
+def test_a_request_begins_with_nothing_recorded_counted_or_failed() -> None:
+    request = start().request
+    assert (request.positions, request.spent, request.counts) == ([], [], Counts())
+    assert (request.error, request.finished, request.seed) == (None, False, 0)
+
+
+def last_of(row: Row, token: int) -> LastTokens:
+    """What the device knows of one row."""
+    return LastTokens([row], lambda: torch.tensor([token]))
+
+
+def test_a_last_token_that_the_device_alone_knows_completes_its_step(rng: random.Random) -> None:
+    row, tokens = start(), [rng.randrange(WIDTH) for _ in range(2)]
+    steps = [draw_step(1), draw_step(1)]
+    for n, step in enumerate(steps):
+        row.output = [-1] * n
+        begin_positions([row], last_of(row, tokens[n - 1] if n else 4))
+        Steered(row, row.request.plan.formula).record(step, 0)
+    row.output = [-1, -1]
+    begin_positions([row], last_of(row, tokens[1]))
+    for position, step, token in zip(row.request.positions, steps, tokens, strict=False):
+        expected = [float(logits[0].log_softmax(-1)[token]) for logits in (step.guided, step.base)]
+        assert logprobs_of(position) == pytest.approx(expected, abs=1e-5)
+
+
+def test_no_more_is_spared_than_nothing() -> None:
+    request = start().request
+    request.saved_policy_tokens = request.saved_reward_model_tokens = 2
+    request.count_policy(9, 5)
+    request.count_reward_model(9, 5)
+    assert request.counts == Counts(9, 9, 0, 0)
+
+
 def test_tokens_read_are_counted_and_those_caught_up_are_spared_no_more() -> None:
     request = start().request
     request.saved_policy_tokens, request.saved_reward_model_tokens = 5, 2
@@ -139,7 +174,7 @@ def test_a_row_tells_its_position_and_which_of_the_tokens_read_were_its_answers(
 
 def test_the_last_tokens_are_found_by_row(rng: random.Random) -> None:
     rows = [start(index=n) for n in (4, 1, 3)]
-    last = LastTokens(rows, torch.tensor([40, 10, 30]))
+    last = LastTokens(rows, lambda: torch.tensor([40, 10, 30]))
     assert last.of(rows).tolist() == [40, 10, 30]
     assert last.of([rows[2], rows[0]]).tolist() == [30, 40]
     assert last.of(rows[:2]).tolist() == [40, 10]

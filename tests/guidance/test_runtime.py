@@ -9,11 +9,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from steersman.guidance.auxiliary import Prefix
 from steersman.guidance.generate import load_runtime
 from steersman.guidance.reference import ReferenceModels, reference_step
 from steersman.guidance.request import parse_guidance
-from steersman.guidance.reward_loading import load_reward_model
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
 from tests import laws
@@ -159,11 +157,23 @@ def test_more_requests_than_the_cache_holds_fail_alone(models: Path, rng: random
     assert small.reward_models["first"].describe()["cache_blocks_in_use"] == 0
 
 
-def test_the_text_path_refuses_a_text_beyond_its_window_and_scores_the_others(models: Path, rng: random.Random) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(models / "base")
-    model = load_reward_model("text", str(models / "text"), tokenizer)
-    model.window = 30
-    short, long = [Prefix(n, [rng.randrange(10, 250) for _ in range(length)], []) for n, length in enumerate((8, 60))]
-    rewards, _ = model.score([short, long], torch.tensor([[20, 21], [20, 21]]), None)
-    assert rewards[0].isfinite().all()
-    assert rewards[1].isnan().all()
+@pytest.mark.parametrize("fitting", [0, 1])
+def test_a_text_beyond_its_models_window_fails_alone_by_its_own_fault(
+    models: Path, rng: random.Random, fitting: int
+) -> None:
+    """Also where one of two candidates would fit: the end token has no text."""
+    runtime = load_runtime(AutoTokenizer.from_pretrained(models / "base"), {"text": str(models / "text")})
+    model: Any = runtime.reward_models["text"]
+    prompts = [[rng.randrange(10, 250) for _ in range(length)] for length in (8, 40, 7)]
+    model.window = model.measure(prompts[1], None) - 1 + fitting
+    logits = torch.full((3, VOCABULARY), -20.0)
+    logits[:, [END, 20]] = 5.0
+    guidance = {"method": "pargs", "reward_model": "text", "top_k": 2}
+    expected = laws.step(runtime, logits[[0, 2]], [prompts[0], prompts[2]], [guidance] * 2)
+    rows = [Row(n, runtime.start(n, plan_of(guidance), len(p)), p, []) for n, p in enumerate(prompts)]
+    runtime.step(logits, rows)
+    torch.testing.assert_close(logits[[0, 2]], expected, rtol=0, atol=1e-4)
+    reports = [runtime.finish(n, []) for n in range(3)]
+    assert [report and report.fault for report in reports] == [None, "too_long", None]
+    assert f"'text' reads at most {model.window} tokens, the text has" in str(reports[1] and reports[1].error)
+    assert not any(runtime.work.failures.values()), "the model is not to blame"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from steersman.guidance.report import ChosenStep
-from tests.support.gpu_runtime import acting_as_gpu
+from tests.support.gpu_runtime import acting_as_gpu, count_launches
 from tests.support.scripted import END, begin_rows, scripted_runtime
 
 WIDTH = 24
@@ -90,6 +90,7 @@ def test_the_base_decodes_where_a_mask_leaves_it_no_token_in_common_with_the_pol
             torch.testing.assert_close(guided[1].log_softmax(-1), expected.log_softmax(-1), rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_what_is_recorded_knows_no_masks(rng: random.Random) -> None:
     policy, logits = torch.randn(WIDTH), torch.randn(1, WIDTH)
     for guidance in (mixed(1.0), mixed(1.0, kl_budget=1000.0)):
@@ -118,6 +119,69 @@ def test_a_gate_that_is_closed_leaves_the_formula_below_it(rng: random.Random) -
         assert [runtime.finish(n, [4]).sources for n in (0, 1)] == [{source: 1}] * 2
 
 
+@pytest.mark.usefixtures("both_ways")
+def test_a_gate_that_is_closed_leaves_the_base_where_nothing_else_is_below_it(rng: random.Random) -> None:
+    policy, logits = 3 * torch.randn(WIDTH), torch.randn(2, WIDTH)
+    runtime = scripted_runtime(policies={"p": policy})
+    asked = [{"method": "kl_threshold", "policy": "p", "threshold": threshold} for threshold in (1e6, 0.0)]
+    guided = logits.clone()
+    runtime.step(guided, begin_rows(runtime, asked))
+    assert torch.equal(guided[0], logits[0])
+    torch.testing.assert_close(guided[1].log_softmax(-1), policy.log_softmax(-1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_each_request_draws_its_own_samples_for_an_estimated_gate(rng: random.Random) -> None:
+    count = 16
+    # Two tokens are equally likely samples; the log-ratio of one is above the threshold, that of the other below.
+    policy, base = torch.full((WIDTH,), -30.0), torch.full((WIDTH,), -5.0)
+    policy[:2] = 0.0
+    base[:2] = torch.tensor([0.1, 0.9]).log()
+    asked = {"method": "kl_threshold", "policy": "p", "threshold": 0.5, "estimator": "monte_carlo", "samples": 1}
+    runtime = scripted_runtime(policies={"p": policy})
+    rows = begin_rows(runtime, [asked] * count)
+    for row in rows:
+        row.request.seed = rng.randrange(2**31)
+    logits = base.expand(count, -1).clone()
+    runtime.step(logits, rows)
+    opened = [not torch.equal(line, base) for line in logits]
+    assert 0 < sum(opened) < count
+
+
+def test_a_device_with_kernels_blends_rows_of_one_policy_in_one_launch_and_a_cpu_in_none(rng: random.Random) -> None:
+    exact = {"method": "kl_threshold", "policy": "p", "threshold": 0.1}
+    for context, launched in ((acting_as_gpu(), 1), (nullcontext(), 0)):
+        with context:
+            runtime = scripted_runtime(policies={"p": torch.randn(WIDTH)})
+            rows = begin_rows(runtime, [mixed(0.5), exact, mixed(0.3)])
+            with count_launches() as launches:
+                runtime.step(torch.randn(3, WIDTH), rows)
+        assert launches["_blend"] == launched
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_a_budget_holds_over_the_whole_vocabulary(rng: random.Random) -> None:
+    policy, logits = 5 * torch.randn(WIDTH), torch.randn(2, WIDTH)
+    runtime = scripted_runtime(policies={"p": policy})
+    guided = logits.clone()
+    runtime.step(guided, begin_rows(runtime, [mixed(1.0, kl_budget=0.8), mixed(1.0)]))
+    p, q = guided[0].double().log_softmax(-1), logits[0].double().log_softmax(-1)
+    assert float((p.exp() * (p - q)).sum()) == pytest.approx(0.8 / 8, rel=1e-3)
+    torch.testing.assert_close(guided[1].log_softmax(-1), policy.log_softmax(-1), rtol=0, atol=1e-5)
+
+
+def test_a_policy_that_a_rows_gate_alone_reads_is_no_part_of_its_mixture(rng: random.Random) -> None:
+    policies, logits = {name: 3 * torch.randn(WIDTH) for name in "pq"}, torch.randn(2, WIDTH)
+    runtime = scripted_runtime(policies=policies)
+    gated = mixed(0.5, gate={"kl_above": 0.0, "policy": "q"})
+    guided = logits.clone()
+    runtime.step(guided, begin_rows(runtime, [gated, mixed(0.5, policy="q")]))
+    for line, base, name in zip(guided, logits, "pq", strict=True):
+        expected = 0.5 * base + 0.5 * policies[name]
+        torch.testing.assert_close(line.log_softmax(-1), expected.log_softmax(-1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("both_ways")
 def test_rewards_of_every_token_are_added_over_the_whole_vocabulary(rng: random.Random) -> None:
     heads = {name: torch.randn(WIDTH) for name in "ab"}
     policy, logits = torch.randn(WIDTH), torch.randn(4, WIDTH)

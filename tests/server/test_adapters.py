@@ -1,10 +1,15 @@
-"""The logits processor that fits vLLM's model runner."""
+"""The logits processor that fits vLLM's model runner, and what both of them share."""
 
+import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
-from steersman.server.adapters import attach_adapter
+from steersman.server.adapters import attach_adapter, changes_logits, force_tokens
 
 
 class Config:
@@ -36,3 +41,31 @@ def test_a_release_without_the_second_runner_gets_the_first_adapter() -> None:
     config = SimpleNamespace(model_config=SimpleNamespace(logits_processors=None))
     attach_adapter(config)
     assert config.model_config.logits_processors == ["steersman.server.logits_v1:GuidanceLogitsProcessor"]
+
+
+@pytest.mark.parametrize(
+    ("params", "changes"),
+    [
+        ({}, False),
+        ({"temperature": 0.3, "top_p": 0.5, "top_k": 3, "presence_penalty": 1.0, "repetition_penalty": 1.3}, False),
+        ({"logit_bias": {3: 1.0}}, True),
+        ({"allowed_token_ids": [4]}, True),
+        ({"bad_words": ["no"]}, True),
+        ({"min_tokens": 2}, True),
+        ({"structured_outputs": StructuredOutputsParams(choice=["yes", "no"])}, True),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else str(value),
+)
+def test_biases_and_masks_change_logits_and_what_comes_behind_them_does_not(
+    params: dict[str, Any], changes: bool
+) -> None:
+    assert changes_logits(SamplingParams(**params)) is changes
+
+
+def test_one_token_is_left_in_the_rows_of_texts_that_are_not_complete(rng: random.Random) -> None:
+    logits = torch.randn(4, 9)
+    own, texts = logits.clone(), [[rng.randrange(9) for _ in range(3)] for _ in range(3)]
+    force_tokens(logits, [(3, texts[0], 0), (0, texts[1], 2), (1, texts[2], 3)])
+    probabilities = logits.softmax(-1)
+    assert [float(probabilities[row, token]) for row, token in ((3, texts[0][0]), (0, texts[1][2]))] == [1.0, 1.0]
+    assert torch.equal(logits[1:3], own[1:3])

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
-from steersman.guidance.request import GuidanceError, parse_guidance
+from steersman.guidance.request import GuidanceError, TooLong, parse_guidance
 from steersman.server.admission import Ticket, admit, admit_search
 from steersman.server.budget import CacheBudget
 from steersman.server.registry import LoadedModel, Registry
@@ -22,9 +22,12 @@ def budget() -> CacheBudget:
     return CacheBudget({"a": 8, "p": 4})
 
 
-def ticket_of(guidance: Any, prompt: list[int], field: str | None = "max_tokens", **params: Any) -> tuple[Ticket, Any]:
+def ticket_of(
+    guidance: Any, prompt: list[int], field: str | None = "max_tokens", sent: Any = None, **params: Any
+) -> tuple[Ticket, Any]:
+    """sent: what the request's entry holds besides."""
     sampling = SamplingParams(**{"max_tokens": 10, **params})
-    entry = {"guidance": guidance, "key": "k", "max_tokens_field": field, "constraint_field": None}
+    entry = {"guidance": guidance, "key": "k", "max_tokens_field": field, "constraint_field": None, **(sent or {})}
     return admit(REGISTRY, budget(), entry, {"prompt_token_ids": prompt}, sampling), sampling
 
 
@@ -65,6 +68,23 @@ def test_an_answer_is_cut_to_what_the_models_read_where_its_length_is_nobodys_wi
         ticket_of(PARGS, [5] * 95)
     with pytest.raises(GuidanceError, match="exceeds the 60 tokens that policy 'p' reads"):
         ticket_of({**PARGS, "policies": {"base": 0.5, "p": 0.5}}, [5] * 55)
+
+
+def test_a_prompt_counts_as_a_text_model_reads_it() -> None:
+    guidance: dict[str, Any] = {"method": "pargs", "reward_model": "text"}
+    messages: dict[str, Any] = {"prompt_field": "messages", "measured": {"text": 97}}
+    assert ticket_of(guidance, [5], None, messages)[1].max_tokens == 3
+    assert ticket_of(guidance, [5] * 200, sent={"measured": {"text": 90}})[1].max_tokens == 10
+    with pytest.raises(TooLong, match=r"10 with a prompt of 97 tokens exceeds the 100 .*'text'.*at most 3") as refusal:
+        ticket_of(guidance, [5], sent=messages)
+    assert refusal.value.field == "max_tokens"
+    full = {**messages, "measured": {"text": 100}}
+    with pytest.raises(TooLong, match="100 tokens as reward model 'text' reads it, which reads at most 100") as refusal:
+        ticket_of(guidance, [5], sent=full)
+    assert refusal.value.field == "messages"
+    both = {"method": "pargs", "rewards": [{"model": "a"}, {"model": "text"}]}
+    with pytest.raises(TooLong, match="ask for at most 5"):
+        ticket_of(both, [5] * 95, sent={"measured": {"text": 20}})
 
 
 def test_what_the_whole_cache_cannot_hold_is_refused_with_the_way_out() -> None:

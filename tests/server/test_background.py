@@ -16,25 +16,28 @@ from transformers import AutoTokenizer
 
 from steersman.guidance.auxiliary import Prefix
 from steersman.guidance.checkpoints import ModelRefused
+from steersman.guidance.head_models import ServedBase
 from steersman.guidance.reward_loading import load_reward_model
 from steersman.server import background
 from steersman.server.background import ModelLoad, free_apart
 from steersman.server.loading import Destination
 from steersman.server.reading import Wanted, read
 from tests.support.gpu_runtime import acting_as_gpu
-from tests.support.tiny import VOCABULARY
+from tests.support.tiny import COMMON, VOCABULARY
+
+BASE = ServedBase(COMMON["hidden_size"], COMMON["num_hidden_layers"], VOCABULARY, COMMON["max_position_embeddings"])
 
 
 @pytest.fixture
 def destination(models: Path) -> Destination:
     return Destination(
-        AutoTokenizer.from_pretrained(models / "base"), torch.float32, torch.device("cpu"), 2**22, 4, VOCABULARY
+        AutoTokenizer.from_pretrained(models / "base"), torch.float32, torch.device("cpu"), 2**22, 4, VOCABULARY, BASE
     )
 
 
 def _want(models: Path, kind: str, name: str) -> Wanted:
     base = str(models / "base")
-    return Wanted(kind, name, str(models / name), base, base, "float32", trust_remote_code=False)
+    return Wanted(kind, name, str(models / name), base, base, "float32", trust_remote_code=False, served=BASE)
 
 
 def _finish(load: ModelLoad) -> int:

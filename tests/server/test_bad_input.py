@@ -256,7 +256,7 @@ BAD = {
     ),
     "chat exceeds the window": Bad(
         {"messages": [{"role": "user", "content": "zq" * 60}], "guidance": {**GOOD, "reward_model": "narrow"}},
-        "prompt",
+        "messages",
         ("'narrow'", "64", "shorten"),
         (CHAT,),
     ),

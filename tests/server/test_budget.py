@@ -78,6 +78,18 @@ def test_exactly_what_is_free_can_be_had_at_once() -> None:
     asyncio.run(run())
 
 
+def test_a_request_whose_models_keep_nothing_waits_for_nobody() -> None:
+    async def run() -> None:
+        budget = CacheBudget({"a": 10})
+        first, large, none = Holder(budget, {"a": 6}), Holder(budget, {"a": 8}), Holder(budget, {})
+        await turn()
+        assert (first.holds, large.holds, none.holds, budget.waiting) == (True, False, True, 1)
+        await asyncio.gather(first.leave(), large.leave(), none.leave())
+        assert budget.free == {"a": 10}
+
+    asyncio.run(run())
+
+
 def test_a_request_that_leaves_the_queue_lets_those_behind_it_through() -> None:
     async def run() -> None:
         budget = CacheBudget({"a": 10})

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from steersman.guidance.head_models import ServedBase
 from steersman.kernels.launch import Launch
 from steersman.kernels.production import sampling_launches
 from steersman.server import background, compilation
@@ -14,9 +15,10 @@ from steersman.server.background import ModelLoad
 from steersman.server.config import CONFIG_KEY, ServerConfig
 from steersman.server.loading import Destination, build_runtime, load_tokenizer
 from steersman.server.reading import Wanted, read
-from tests.support.tiny import VOCABULARY
+from tests.support.tiny import COMMON, VOCABULARY
 
 CPU = torch.device("cpu")
+BASE = ServedBase(COMMON["hidden_size"], COMMON["num_hidden_layers"], VOCABULARY, COMMON["max_position_embeddings"])
 
 
 @pytest.fixture
@@ -32,7 +34,8 @@ def _config(models: Path, rewards: dict[str, str]) -> Any:
     """Of vLLM, as far as a worker's runtime is built from it."""
     model = SimpleNamespace(
         model=str(models / "base"), tokenizer=str(models / "base"), trust_remote_code=False, dtype=torch.float32,
-        get_vocab_size=lambda: VOCABULARY,
+        get_vocab_size=lambda: VOCABULARY, get_hidden_size=lambda: BASE.hidden_size, max_model_len=BASE.window,
+        hf_text_config=SimpleNamespace(num_hidden_layers=BASE.layers),
     )  # fmt: skip
     parallel = SimpleNamespace(rank=1, tensor_parallel_size=2, enable_batch_sharded_sampling=False)
     return SimpleNamespace(
@@ -59,8 +62,10 @@ def test_the_first_model_that_is_loaded_later_brings_its_kernels(
 ) -> None:
     monkeypatch.setattr(background, "read_apart", read)
     base = str(models / "base")
-    wanted = Wanted("reward_model", "first", str(models / "first"), base, base, "float32", trust_remote_code=False)
-    load = ModelLoad(wanted, Destination(load_tokenizer(base), torch.float32, CPU, 2**22, 4, VOCABULARY))
+    wanted = Wanted(
+        "reward_model", "first", str(models / "first"), base, base, "float32", trust_remote_code=False, served=BASE
+    )
+    load = ModelLoad(wanted, Destination(load_tokenizer(base), torch.float32, CPU, 2**22, 4, VOCABULARY, BASE))
     load._task._thread.join()
     assert load.advance()
     assert set(compiled) == {launch.variant for launch in sampling_launches(VOCABULARY).values()}

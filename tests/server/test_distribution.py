@@ -20,8 +20,8 @@ def wide_server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     flags = [
         *(str(models / "base"), "--served-model-name", "base", "--dtype", "float32", "--enforce-eager"),
         *("--distributed-executor-backend", ONE_PROCESS, "--max-model-len", "256", "--max-num-seqs", "256"),
-        *("--reward-model", f"first={models / 'first'}", "--reward-model", f"second={models / 'second'}"),
-        *("--policy", f"expert={models / 'expert'}", "--policy", f"other={models / 'other'}"),
+        *(flag for name in ("first", "second") for flag in ("--reward-model", f"{name}={models / name}")),
+        *(flag for name in ("expert", "other") for flag in ("--policy", f"{name}={models / name}")),
     ]
     with Server(tmp_path_factory.mktemp("wide") / "log", *flags) as running:
         yield running
@@ -35,7 +35,8 @@ def prompt() -> list[int]:
     return [rng.randrange(2, 300) for _ in range(2)]
 
 
-@pytest.mark.parametrize("name", CASES)
+# Heads are drawn from in transformers.generate, and here on V2: what their rows are given is compared token by token.
+@pytest.mark.parametrize("name", [name for name in CASES if "head" not in name])
 def test_two_tokens(wide_server: Server, models: Path, prompt: list[int], name: str) -> None:
     _check(wide_server, models, prompt, CASES[name], 2, DRAWS)
 

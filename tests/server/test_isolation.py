@@ -103,7 +103,7 @@ def _load_unpoisoned(models: Path) -> Oracle:
         logits[POISON] = -torch.inf
         return logits
 
-    return Oracle(replace(oracle.models, base=base))
+    return replace(oracle, models=replace(oracle.models, base=base))
 
 
 def _check_against(oracle: Oracle, server: Server, prompt: list[int]) -> None:

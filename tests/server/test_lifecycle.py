@@ -3,7 +3,7 @@
 import asyncio
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -158,6 +158,68 @@ def test_several_engines_are_refused(begin: Begin) -> None:
     lifecycle, _, _ = begin(engines=2)
     with pytest.raises(ChangeRefused, match="--data-parallel-size"):
         lifecycle.begin_load("reward_model", "later", "first", None)
+
+
+class HeadWorkers(Workers):
+    """Their model is a head; they answer its probe with `proof`, or raise it."""
+
+    def __init__(self, proof: Any) -> None:
+        super().__init__(iter([[True, True]]))
+        self.proof = proof
+        self.spans: list[Any] = []
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        """See Workers.collective_rpc."""
+        replies = await super().collective_rpc(method, args)
+        if method == "steersman_end_load":
+            return [{**HEAD, "drift": None}] * 2
+        if method == "steersman_probe":
+            return [[[5, 6], [7]]] * 2
+        if method != "steersman_prove":
+            return replies
+        if isinstance(self.proof, Exception):
+            raise self.proof
+        return [self.proof] * 2
+
+    async def generate(self, prompt: Any, params: Any, request_id: str) -> AsyncIterator[Any]:
+        """vLLM's own: a probe is no guided request."""
+        self.spans.append((prompt["prompt_token_ids"], params.extra_args["steersman"]["span"]))
+        yield None
+
+
+HEAD = {"name": "later", "kind": "head", "window": 256, "drift": 0.004}
+
+
+def _lifecycle_of(workers: Workers, models: Path) -> tuple[ModelLifecycle, GuidedEngine]:
+    engine = GuidedEngine(workers, Registry({}), Limits(guided_requests=8), WorkerProcesses(()))  # type: ignore[arg-type]
+    return ModelLifecycle(engine, {}, {}, models), engine
+
+
+def test_a_head_is_there_once_it_is_proven_on_the_base(models: Path) -> None:
+    workers = HeadWorkers(HEAD)
+    lifecycle, engine = _lifecycle_of(workers, models)
+    assert asyncio.run(_load(lifecycle)).state == "ready"
+    assert engine.registry.models["later"].drift == 0.004
+    assert (engine.budget.free, sorted(workers.spans)) == ({}, [([5, 6], [1, 2]), ([7], [0, 1])])
+    (proof,) = [call for call in workers.calls if call[0] == "steersman_prove"]
+    assert len(set(proof[2])) == 2, "each text under a key of its own"
+
+
+@pytest.mark.parametrize("proof", ["off by 0.7", RuntimeError("a worker has failed")], ids=str)
+def test_a_head_that_is_not_proven_leaves_the_workers(models: Path, proof: Any) -> None:
+    workers = HeadWorkers(proof)
+    lifecycle, engine = _lifecycle_of(workers, models)
+
+    async def run() -> None:
+        task = lifecycle.begin_load("reward_model", "later", "first", None)
+        await asyncio.wait([task])
+        task.exception()
+
+    asyncio.run(run())
+    (shown,) = lifecycle.describe()["data"]
+    assert (shown["state"], shown["error"]) == ("failed", str(proof))
+    assert ("steersman_unload", "later") in workers.calls
+    assert not engine.registry.models
 
 
 async def _load(lifecycle: ModelLifecycle, name: str = "later") -> Any:

@@ -33,7 +33,8 @@ class Batch:
         self.partial = torch.zeros(8, dtype=torch.bool)
         monkeypatch.setattr(logits_v1, "build_runtime", lambda *_: scripted_runtime(policies={"p": policy_of}))
         monkeypatch.setattr(logits_v1, "partial_rows", lambda _: lambda: self.partial)
-        monkeypatch.setattr(logits_v1, "keep_seeded_requests_alive", lambda _: None)
+        self.kept_alive: list[Any] = []
+        monkeypatch.setattr(logits_v1, "keep_seeded_requests_alive", self.kept_alive.append)
         config: Any = SimpleNamespace(model_config=SimpleNamespace(logits_processors=processors or ["own"]))
         self.adapter = GuidanceLogitsProcessor(config, torch.device("cpu"), False)
         self.sampled: list[torch.Tensor] = []
@@ -75,6 +76,11 @@ class Batch:
                 assert torch.equal(guided[index], logits[index])
 
 
+def forwarded(logits: torch.Tensor | None, hidden: torch.Tensor | None = None, sampled: Any = None) -> SimpleNamespace:
+    """What the runner keeps of a forward: hidden states of all its tokens, and of the rows that are sampled."""
+    return SimpleNamespace(logits=logits, hidden_states=hidden, sample_hidden_states=sampled)
+
+
 def metadata(**given: Any) -> SimpleNamespace:
     nothing: dict[str, Any] = {"allowed_token_ids_mask": None, "bad_words_token_ids": {}, "output_token_ids": []}
     return SimpleNamespace(**nothing | {"logitsprocs": SimpleNamespace(non_argmax_invariant=[])} | given)
@@ -95,6 +101,10 @@ def test_a_swap_exchanges_two_rows_whichever_of_them_is_guided(batch: Batch) -> 
     batch.assert_guided({1: "a", 2: "b"}, 3)
     batch.update(3, moved=[(0, 1, SWAP)])
     batch.assert_guided({0: "a", 2: "b"}, 3)
+    batch.update(3, moved=[(1, 2, SWAP)])
+    batch.assert_guided({0: "a", 1: "b"}, 3)
+    batch.update(3, removed=[2])
+    batch.assert_guided({0: "a", 1: "b"}, 3)
     policy: Any = batch.runtime.policies["p"]
     assert policy.released == [], "nobody has left"
 
@@ -161,6 +171,7 @@ def test_the_sampler_gets_guided_logits(batch: Batch) -> None:
     batch.runner.sampler.forward(torch.randn(1, WIDTH), metadata())
     torch.testing.assert_close(batch.sampled[0][0].log_softmax(-1), policy_of([5, 6]).log_softmax(-1))
     assert not batch.adapter.is_argmax_invariant()
+    assert batch.kept_alive == [batch.runner], "a seeded request outlives a prompt that is read in pieces"
 
 
 def test_a_grammar_masks_guided_logits_and_hides_nothing_from_the_models(batch: Batch) -> None:
@@ -168,7 +179,7 @@ def test_a_grammar_masks_guided_logits_and_hides_nothing_from_the_models(batch: 
     logits = torch.randn(2, WIDTH)
     own, banned = logits.clone(), torch.rand(2, WIDTH) < 0.7
     banned[:, 4] = False
-    batch.runner.execute_model_state = SimpleNamespace(logits=logits)
+    batch.runner.execute_model_state = forwarded(logits)
     batch.runner.sample_tokens("a grammar's output")
     guided = batch.adapter.guide(logits.masked_fill(banned, -torch.inf), metadata())
     assert torch.equal(guided.isneginf(), banned)
@@ -183,25 +194,30 @@ def test_a_grammar_masks_guided_logits_and_hides_nothing_from_the_models(batch: 
 
 @pytest.mark.parametrize("output", [None, "a grammar's output"])
 def test_what_a_grammar_left_of_one_step_is_not_used_in_the_next(batch: Batch, output: str | None) -> None:
-    batch.update(1, added=[batch.added(0, "a", [5, 6])])
-    stale = torch.randn(1, WIDTH)
-    batch.runner.execute_model_state = SimpleNamespace(logits=stale)
+    batch.update(2, added=[batch.added(0, "a", [5, 6])])
+    stale = torch.randn(2, WIDTH)
+    batch.runner.execute_model_state = forwarded(stale)
     batch.runner.sample_tokens("a grammar's output")
     if output is None:
         batch.runner.sample_tokens(None)
     else:
         batch.adapter.guide(stale.clone(), metadata())
     batch.texts["a"][1].append(7)
-    logits = torch.full((1, WIDTH), -torch.inf)
-    logits[0, 3:5] = 0.0
-    assert bool(batch.adapter.guide(logits, metadata())[0, 5:].isneginf().all())
+    logits = torch.full((2, WIDTH), -torch.inf)
+    logits[:, 3:5] = torch.randn(2, 2)
+    own = logits.clone()
+    guided = batch.adapter.guide(logits, metadata())
+    assert bool(guided[0, 5:].isneginf().all())
+    assert torch.equal(guided[1], own[1])
 
 
-def test_steps_without_logits_or_guided_rows_keep_no_copy(batch: Batch) -> None:
-    batch.runner.execute_model_state = SimpleNamespace(logits=torch.randn(1, WIDTH))
+def test_steps_without_logits_a_grammar_or_guided_rows_keep_no_copy(batch: Batch) -> None:
+    batch.runner.execute_model_state = forwarded(torch.randn(1, WIDTH))
     batch.runner.sample_tokens("a grammar's output")
     assert batch.adapter._unmasked is None
     batch.update(1, added=[batch.added(0, "a", [5, 6])])
+    batch.runner.sample_tokens(None)
+    assert batch.adapter._unmasked is None
     for state in (None, SimpleNamespace(logits=None)):
         batch.runner.execute_model_state = state
         batch.runner.sample_tokens("a grammar's output")
@@ -234,7 +250,9 @@ def test_the_runtime_is_shown_what_clients_and_operators_make_of_logits(
 ) -> None:
     batch, shown = Batch(monkeypatch, processors), []
     step = batch.runtime.step
-    monkeypatch.setattr(batch.runtime, "step", lambda *a, biased: (shown.append(biased), step(*a, biased=biased)))
+    monkeypatch.setattr(
+        batch.runtime, "step", lambda *a, biased, hidden: (shown.append(biased), step(*a, biased=biased))
+    )
     batch.update(2, added=[batch.added(0, "a", [5, 6], None), batch.added(1, "b", [5, 6], **params)])
     banned = torch.zeros(2, WIDTH, dtype=torch.bool)
     banned[:, 2] = True
@@ -253,6 +271,7 @@ def test_the_runtime_is_shown_what_clients_and_operators_make_of_logits(
     expected[1, 9] = -torch.inf
     assert torch.equal(shown[0], expected)
     batch.update(2, removed=[1])
+    assert batch.adapter._changed == set()
     batch.update(2, added=[batch.added(1, "c", [5, 6])])
     batch.adapter.guide(own, given)
     assert (shown[1] is None) == (processors is None), "it left with its request"
@@ -281,3 +300,70 @@ def test_rows_before_the_adapter_is_attached_are_refused_with_the_way_out(monkey
     with pytest.raises(RuntimeError, match="call steersman_prepare on the workers"):
         adapter.update_state(BatchUpdate(1, [], [(0, params, [5], [])], []))
     adapter.update_state(BatchUpdate(1, [], [(0, SamplingParams(), [5], [])], []))
+
+
+class Texts:
+    """Rows that are scored by their hidden states: [3] for each token, made of the text and the position."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        batch.runner.query_start_loc = SimpleNamespace(np=torch.zeros(9, dtype=torch.int32).numpy())
+        batch.runner.input_batch = SimpleNamespace(num_computed_tokens_cpu=torch.zeros(8, dtype=torch.int32).numpy())
+        self.hidden: dict[str, torch.Tensor] = {}
+
+    def added(self, index: int, key: str, length: int, start: int) -> Any:
+        self.hidden[key] = torch.randn(length, 3)
+        extra = {CONFIG_KEY: {"key": key, "span": [start, length]}}
+        return index, SamplingParams(extra_args=extra), [5] * length, []
+
+    def step(self, rows: list[tuple[str, int, int]]) -> None:
+        """One forward: of each row the tokens of its text from one position to before another."""
+        parts = [self.hidden[key][begin:end] for key, begin, end in rows]
+        place = 0
+        for index, (_, begin, end) in enumerate(rows):
+            self.batch.runner.input_batch.num_computed_tokens_cpu[index] = begin
+            place += end - begin
+            self.batch.runner.query_start_loc.np[index + 1] = place
+        memory = torch.cat(parts)
+        self.batch.runner.execute_model_state = forwarded(torch.randn(len(rows), WIDTH), memory, memory[:0])
+        self.batch.runner.sample_tokens(None)
+        memory.fill_(torch.nan)
+
+    def assert_kept(self, key: str, start: int) -> None:
+        assert torch.equal(self.batch.runtime.hidden_states.take(key), self.hidden[key][start:])
+
+
+def test_hidden_states_of_texts_are_kept_over_pieces_moves_and_preemptions(batch: Batch) -> None:
+    texts = Texts(batch)
+    batch.update(3, added=[texts.added(0, "a", 9, 2), batch.added(1, "plain", [5], None), texts.added(2, "b", 6, 5)])
+    texts.hidden["plain"] = torch.randn(20, 3)
+    texts.step([("a", 0, 4), ("plain", 0, 1), ("b", 0, 3)])
+    batch.update(3, moved=[(0, 2, SWAP)])
+    texts.step([("b", 3, 6), ("plain", 1, 2), ("a", 4, 5)])
+    texts.assert_kept("b", 5)
+    batch.update(2, removed=[0], moved=[(2, 0, ONE_WAY)])
+    texts.step([("a", 5, 9), ("plain", 2, 3)])
+    texts.assert_kept("a", 2)
+    batch.update(1, removed=[0], moved=[(1, 0, ONE_WAY)])
+    first = texts.hidden["a"]
+    batch.update(2, added=[texts.added(1, "a", 9, 2)])
+    assert not torch.equal(first, texts.hidden["a"]), "it is computed anew behind its preemption"
+    texts.step([("plain", 3, 4), ("a", 0, 9)])
+    texts.assert_kept("a", 2)
+
+
+def test_the_runtime_is_handed_the_hidden_states_of_the_rows_that_are_sampled(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed: list[Any] = []
+    monkeypatch.setattr(batch.runtime, "step", lambda *a, biased, hidden: handed.append(hidden))
+    batch.update(1, added=[batch.added(0, "a", [5, 6])])
+    sampled = torch.randn(1, 3)
+    batch.runner.execute_model_state = forwarded(torch.randn(1, WIDTH), torch.randn(4, 3), sampled)
+    batch.runner.sample_tokens(None)
+    batch.adapter.guide(torch.randn(1, WIDTH), metadata())
+    batch.runner.execute_model_state = None
+    batch.runner.sample_tokens(None)
+    batch.adapter.guide(torch.randn(1, WIDTH), metadata())
+    assert handed[0] is sampled
+    assert handed[1] is None, "what one step computed is not used in the next"

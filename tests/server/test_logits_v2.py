@@ -23,6 +23,7 @@ from steersman.server.logits_v2 import GuidanceLogitsProcessor
 from tests.support.device import LateSide, SlowCopy, copy_when_joined
 from tests.support.oracle import Oracle, load_oracle
 from tests.support.random_input import any_guidance, random_prompts
+from tests.support.scripted import scripted_runtime
 from tests.support.tiny import END, VOCABULARY
 
 SLOTS = 6
@@ -104,9 +105,14 @@ class Engine:
                     idx_mapping_np=np.array([scheduled[n] for n in own]),
                     seq_lens_cpu_upper_bound=torch.tensor([lengths[n] for n in own]),
                     input_ids=torch.tensor([texts[n][-1] for n in own], dtype=torch.int32),
-                    logits_indices=torch.arange(len(own)),
+                    # In front of each row's last token the states of others stand.
+                    logits_indices=1 + 2 * torch.arange(len(own)),
+                    logits=part,
                 )
-                logits[own] = adapter.guide(part, batch)
+                batch.input_ids = batch.input_ids.repeat_interleave(2)
+                hidden = torch.stack([self.oracle.hidden(texts[n]) for n in own]).repeat_interleave(2, dim=0)
+                hidden[::2] = torch.nan
+                logits[own] = adapter.runner.sample(hidden, batch, None)  # type: ignore[attr-defined]
         return self._sample(scheduled, lengths, logits)
 
     def _sample(self, scheduled: list[int], lengths: list[int], logits: torch.Tensor) -> list[Request]:
@@ -127,8 +133,8 @@ class Engine:
 def make_adapter(models: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Buffers], GuidanceLogitsProcessor]:
     """Adapters over runtimes of their own, whose results arrive late."""
     tokenizer = AutoTokenizer.from_pretrained(models / "base")
-    rewards = {name: str(models / name) for name in ("first", "second", "every")}
-    policies = {name: str(models / name) for name in ("expert", "other")}
+    rewards = {name: str(models / name) for name in ("first", "second", "every", "atop")}
+    policies = {name: str(models / name) for name in ("expert", "other", "tilted")}
     SlowCopy.arrived = False
 
     def build(*_: Any) -> GuidanceRuntime:
@@ -141,7 +147,10 @@ def make_adapter(models: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Buf
     def make(states: Buffers) -> GuidanceLogitsProcessor:
         config = SimpleNamespace(speculative_config=None, model_config=SimpleNamespace(logits_processors=[""]))
         adapter = GuidanceLogitsProcessor(config, states)  # type: ignore[arg-type]
-        adapter.attach(SimpleNamespace(sampler=Sampler(), structured_outputs_worker=None))
+        runner = SimpleNamespace(sampler=Sampler(), structured_outputs_worker=None, sample=print)
+        runner.sample = lambda hidden, batch, grammar: adapter.guide(batch.logits, batch)
+        adapter.attach(runner)
+        adapter.runner = runner  # type: ignore[attr-defined]
         return adapter
 
     return make
@@ -178,7 +187,7 @@ def test_answers_and_reports_are_the_references_whatever_the_slots_do(
         oracle.assert_greedy(request.prompt, request.guidance, request.output, request.wanted)
         compared += oracle.assert_report(request.prompt, request.guidance, request.output, report)
     assert compared > 10
-    assert not any(m.describe()["cache_blocks_in_use"] for a in adapters for m in a.runtime.reward_models.values())
+    assert not any(m.describe().get("cache_blocks_in_use") for a in adapters for m in a.runtime.reward_models.values())
 
 
 def test_values_are_used_only_when_what_was_read_ahead_is_joined(
@@ -217,7 +226,7 @@ def test_a_grammar_masks_guided_logits_and_hides_nothing_from_the_models(
     grammars = SimpleNamespace(apply_grammar_bitmask=lambda logits: logits.masked_fill_(banned, -torch.inf))
     sampler: Any = Sampler()
     sampler.logits_processors, sampler.penalties_state = [adapter], None
-    adapter.attach(SimpleNamespace(sampler=sampler, structured_outputs_worker=grammars))
+    adapter.attach(SimpleNamespace(sampler=sampler, structured_outputs_worker=grammars, sample=print))
     engine = Engine(rng, oracle, [adapter], states)
     prompts = random_prompts(rng, 2, longest=30)
     guidances: list[Any] = [{"method": "mixed", "policy": "expert", "mix": 1.0}, None]
@@ -251,3 +260,318 @@ def _wanted(rng: random.Random, ranks: int) -> dict[str, Any]:
 def test_speculative_decoding_is_refused_with_the_way_out() -> None:
     with pytest.raises(ValueError, match="start without --speculative-config"):
         GuidanceLogitsProcessor(SimpleNamespace(speculative_config=object()), Buffers())  # type: ignore[arg-type]
+
+
+WIDTH = 16
+MIXED = {"method": "mixed", "policy": "p", "mix": 1.0}
+
+
+def policy_of(tokens: list[int]) -> torch.Tensor:
+    """Next-token logits that tell which text was read."""
+    return torch.randn(WIDTH, generator=torch.Generator().manual_seed(hash(tuple(tokens)) % 2**31))
+
+
+class RecordingSampler:
+    """vLLM's: keeps what it is called with."""
+
+    def __init__(self) -> None:
+        self.called: list[tuple[torch.Tensor, Any]] = []
+        self.logits_processors: list[Any] = []
+        self.penalties_state: Any = None
+
+    def __call__(self, logits: torch.Tensor, input_batch: Any) -> None:
+        self.called.append((logits, input_batch))
+
+
+class Runner:
+    """vLLM's model runner over a scripted policy: slots with texts, of which a step schedules some."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, processors: list[Any] | None = None) -> None:
+        monkeypatch.setattr(logits_v2, "build_runtime", lambda *_: scripted_runtime(policies={"p": policy_of}))
+        self.states = Buffers()
+        config = SimpleNamespace(
+            speculative_config=None, model_config=SimpleNamespace(logits_processors=processors or ["own"])
+        )
+        self.adapter = GuidanceLogitsProcessor(config, self.states)  # type: ignore[arg-type]
+        self.sampler = RecordingSampler()
+        self.banned = torch.zeros(WIDTH, dtype=torch.bool)
+        self.grammars = SimpleNamespace(
+            apply_grammar_bitmask=lambda logits, *_: logits.masked_fill_(self.banned, -torch.inf)
+        )
+        self.adapter.attach(
+            SimpleNamespace(sampler=self.sampler, structured_outputs_worker=self.grammars, sample=print)
+        )
+
+    @property
+    def released(self) -> list[Any]:
+        policy: Any = self.adapter.runtime.policies["p"]
+        return policy.released
+
+    def add(
+        self, slot: int, name: str, prompt: list[int], output: Any = (), guidance: Any = MIXED, **params: Any
+    ) -> bool:
+        """A request whose prompt, and the output of before a preemption, is to be read."""
+        tokens, forced = [*prompt, *output], params.pop("forced", None)
+        self.states.prompt_len.np[slot], self.states.prefill_len.np[slot] = len(prompt), len(tokens)
+        self.states.all_token_ids.gpu[slot, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+        self.states.total_len.gpu[slot] = len(tokens)
+        extra = {} if guidance is None else {CONFIG_KEY: {"guidance": guidance, "key": name * 16}}
+        if forced is not None:
+            extra[CONFIG_KEY]["forced"] = forced
+        return self.adapter.add_request(slot, SamplingParams(extra_args=extra, **params))
+
+    def sample(self, slot: int, token: int) -> None:
+        """What the device alone knows until the next step."""
+        length = int(self.states.total_len.gpu[slot])
+        self.states.all_token_ids.gpu[slot, length], self.states.total_len.gpu[slot] = token, length + 1
+
+    def text(self, slot: int) -> list[int]:
+        return self.states.all_token_ids.gpu[slot, : int(self.states.total_len.gpu[slot])].tolist()
+
+    def batch(self, slots: list[int], lengths: list[int] | None = None) -> SimpleNamespace:
+        texts = [self.text(slot) for slot in slots]
+        lengths = lengths or [len(text) for text in texts]
+        fed = [text[length - 1] for text, length in zip(texts, lengths, strict=True)]
+        return SimpleNamespace(
+            idx_mapping_np=np.array(slots),
+            idx_mapping=torch.tensor(slots),
+            expanded_idx_mapping=torch.tensor(slots),
+            expanded_local_pos=torch.zeros(len(slots)),
+            seq_lens_cpu_upper_bound=torch.tensor(lengths),
+            # Behind each row's last token stands one that no logits are computed for.
+            input_ids=torch.tensor([[token, 0] for token in fed], dtype=torch.int32).flatten(),
+            positions=torch.tensor([[length - 1, 0] for length in lengths]).flatten(),
+            logits_indices=2 * torch.arange(len(slots)),
+        )
+
+    def assert_guided(self, slots: list[int], guided: set[int], lengths: list[int] | None = None) -> None:
+        """These slots' rows follow the policy behind their own texts; the others are the base's."""
+        self.adapter.apply_staged_writes()
+        logits, batch = torch.randn(len(slots), WIDTH), self.batch(slots, lengths)
+        found = self.adapter.guide(logits.clone(), batch)
+        for row, slot in enumerate(slots):
+            if slot in guided:
+                text = self.text(slot)[: int(batch.seq_lens_cpu_upper_bound[row])]
+                torch.testing.assert_close(found[row].log_softmax(-1), policy_of(text).log_softmax(-1))
+            else:
+                assert torch.equal(found[row], logits[row])
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> Runner:
+    return Runner(monkeypatch)
+
+
+def test_rows_follow_their_slots_in_any_order_and_whoever_is_left_out(runner: Runner, rng: random.Random) -> None:
+    for slot, name in ((4, "a"), (0, "b"), (2, "c")):
+        runner.add(slot, name, [5, slot + 3])
+    runner.add(3, "d", [9], guidance=None)
+    for _ in range(8):
+        slots = rng.sample([0, 2, 3, 4], rng.randint(1, 4))
+        runner.assert_guided(slots, {0, 2, 4})
+        for slot in slots:
+            runner.sample(slot, rng.randrange(WIDTH))
+    for slot, name in ((4, "a"), (0, "b"), (2, "c")):
+        output = runner.text(slot)[2:]
+        report = runner.adapter.runtime.finish((name * 16, None), output)
+        assert report is not None
+        assert (report.tokens, report.guided_tokens) == (len(output), len(output))
+
+
+def test_a_row_is_not_guided_before_its_prompt_is_read(runner: Runner) -> None:
+    runner.add(1, "a", [5, 6, 7, 8])
+    runner.add(2, "b", [9, 3])
+    runner.assert_guided([1, 2], {2}, [3, 2])
+    runner.assert_guided([1, 2], {1, 2}, [4, 2])
+
+
+def test_a_position_may_be_scored_again(runner: Runner) -> None:
+    runner.add(1, "a", [5, 6])
+    for token in (7, 8, 9):
+        runner.assert_guided([1], {1})
+        runner.assert_guided([1], {1})
+        runner.sample(1, token)
+    report = runner.adapter.runtime.finish(("a" * 16, None), [7, 8, 9])
+    assert report is not None
+    assert (report.tokens, report.guided_tokens) == (3, 3)
+
+
+def test_a_slot_that_another_takes_gives_back_what_the_host_knows_of_its_text(runner: Runner) -> None:
+    runner.add(1, "a", [5, 6])
+    for token in (END, 8):
+        runner.assert_guided([1], {1})
+        runner.sample(1, token)
+    runner.adapter.apply_staged_writes()
+    assert not runner.add(1, "b", [4])
+    assert runner.released == [(("a" * 16, None), [5, 6, END])], "the last token is the device's alone"
+    runner.assert_guided([1], {1})
+    runner.add(1, "c", [3], guidance=None)
+    runner.assert_guided([1], set())
+    assert runner.released[1:] == [(("b" * 16, None), [4])]
+
+
+def test_a_request_that_comes_back_in_another_slot_is_guided_there_alone(runner: Runner) -> None:
+    runner.add(1, "a", [5, 6])
+    for token in (7, 8):
+        runner.assert_guided([1], {1})
+        runner.sample(1, token)
+    runner.add(4, "a", [5, 6], output=[7, 8])
+    runner.assert_guided([4, 1], {4})
+    runner.add(1, "b", [9])
+    assert runner.released == [], "its cache is its own still"
+    report = runner.adapter.runtime.finish(("a" * 16, None), [7, 8, 9])
+    assert report is not None
+    assert (report.tokens, report.guided_tokens) == (3, 3)
+
+
+def test_only_rows_of_the_last_step_are_read_ahead(runner: Runner) -> None:
+    runner.add(1, "a", [5, 6])
+    runner.add(2, "b", [9], guidance=None)
+    policy: Any = runner.adapter.runtime.policies["p"]
+    read, asked = policy.read, []
+    policy.read = lambda prefixes, last: asked.append([len(p) for p in prefixes]) or read(prefixes, last)
+    runner.assert_guided([1], {1})
+    runner.sample(1, 7)
+    assert asked == [[2]]
+    runner.assert_guided([2], set())
+    assert asked == [[2], [3]], "ahead, for nothing"
+    runner.assert_guided([2], set())
+    runner.assert_guided([1], {1})
+    assert asked == [[2], [3], [3]]
+    runner.add(1, "c", [8], guidance=None)
+    runner.assert_guided([1], set())
+    assert asked == [[2], [3], [3]], "another request has its slot"
+
+
+def test_a_slot_whose_request_was_reported_on_is_no_longer_guided(runner: Runner) -> None:
+    runner.add(1, "a", [5, 6])
+    runner.assert_guided([1], {1})
+    runner.adapter.runtime.finish(("a" * 16, None), [7])
+    runner.sample(1, 7)
+    logits = torch.randn(1, WIDTH).bfloat16()
+    assert runner.adapter.guide(logits, runner.batch([1])) is logits
+
+
+def test_what_is_not_guided_is_handed_on_as_it_is(runner: Runner) -> None:
+    runner.add(0, "a", [5, 6], guidance=None)
+    logits = torch.randn(2, WIDTH).bfloat16()
+    assert runner.adapter.guide(logits, runner.batch([0])) is logits
+    runner.add(1, "b", [5, 6])
+    own = logits.clone()
+    guided = runner.adapter.guide(logits, runner.batch([0, 1]))
+    assert guided.dtype == torch.float32
+    assert torch.equal(logits, own), "of another precision: not in place"
+    assert torch.equal(guided[0], own[0].float())
+
+
+def test_the_sampler_gets_guided_logits_and_stays_what_it_is(runner: Runner) -> None:
+    runner.add(1, "a", [5, 6])
+    batch: Any = runner.batch([1])
+    runner.sampler(torch.randn(1, WIDTH), batch)
+    ((logits, given),) = runner.sampler.called
+    assert given is batch
+    torch.testing.assert_close(logits[0].log_softmax(-1), policy_of([5, 6]).log_softmax(-1))
+    assert isinstance(runner.sampler, RecordingSampler)
+
+
+def test_a_step_behind_a_grammar_uses_the_logits_from_before_it_once(runner: Runner) -> None:
+    runner.add(1, "a", [5, 6])
+    runner.add(2, "b", [9], guidance=None)
+    runner.banned[3:] = True
+    masked = torch.randn(2, WIDTH)
+    own = masked.clone()
+    runner.grammars.apply_grammar_bitmask(masked)
+    guided = runner.adapter.guide(masked, runner.batch([1, 2]))
+    assert torch.equal(guided.isneginf(), runner.banned.expand(2, -1))
+    assert torch.equal(guided[1, :3], own[1, :3])
+    runner.sample(1, 7)
+    runner.assert_guided([1, 2], {1})
+
+
+def test_steps_in_which_nobody_is_guided_keep_no_copy(runner: Runner) -> None:
+    runner.add(1, "a", [5, 6], guidance=None)
+    runner.grammars.apply_grammar_bitmask(torch.randn(1, WIDTH))
+    assert runner.adapter._unmasked is None
+    runner.add(2, "b", [5, 6])
+    runner.grammars.apply_grammar_bitmask(torch.randn(1, WIDTH))
+    assert runner.adapter._unmasked is not None
+    runner.adapter.runtime.finish(("b" * 16, None), [])
+    runner.grammars.apply_grammar_bitmask(torch.randn(1, WIDTH))
+    assert runner.adapter._unmasked is None
+
+
+class Banning:
+    """Another logits processor."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+        self.contexts: list[Any] = []
+
+    def apply(self, logits: torch.Tensor, context: Any) -> torch.Tensor:
+        self.contexts.append(context)
+        return logits.index_fill_(1, torch.tensor([self.token]), -torch.inf)
+
+
+@pytest.mark.parametrize(
+    ("processors", "params", "seen"),
+    [
+        (None, {}, False),
+        (None, {"logit_bias": {3: -100.0}}, True),
+        (["own", "another's"], {}, True),
+    ],
+    ids=["nothing", "bias", "operator"],
+)
+def test_the_runtime_is_shown_what_clients_and_operators_make_of_logits(
+    monkeypatch: pytest.MonkeyPatch, rng: random.Random, processors: Any, params: dict[str, Any], seen: bool
+) -> None:
+    runner, shown = Runner(monkeypatch, processors), []
+    step = runner.adapter.runtime.step
+    monkeypatch.setattr(runner.adapter.runtime, "step", lambda *given: (shown.append(given[3]), step(*given)))
+    monkeypatch.setattr(runner.adapter, "apply", lambda *_: pytest.fail("what it forces is no bias"))
+    banning, penalties = Banning(3), Banning(4)
+    runner.sampler.logits_processors = [runner.adapter, penalties, banning]
+    runner.sampler.penalties_state = penalties
+    runner.add(1, "a", [5, 6], guidance=None)
+    runner.add(2, "b", [7, 8], **params)
+    logits = torch.randn(2, WIDTH)
+    own = logits.clone()
+    guided = runner.adapter.guide(logits, runner.batch([2, 1]))
+    assert torch.equal(guided[1], own[1]), "it is shown a copy"
+    if not seen:
+        assert shown == [None]
+        return
+    expected = own.clone()
+    expected[:, 3] = -torch.inf
+    assert torch.equal(shown[0], expected)
+    (context,) = banning.contexts
+    assert (context.input_ids.tolist(), context.pos.tolist()) == ([8, 6], [1, 1])
+    assert context.idx_mapping.tolist() == context.idx_mapping_np.tolist() == [2, 1]
+    assert context.seq_lens_upper_bound_np.tolist() == [2, 2]
+
+
+def test_a_text_that_is_scored_is_forced_token_by_token_and_left_alone_behind_its_end(runner: Runner) -> None:
+    text = [7, 3]
+    assert runner.add(1, "a", [5, 6], forced=text), "its rows are changed behind the sampler's other processors"
+    assert not runner.add(2, "b", [5, 6])
+    for token in (*text, None):
+        batch: Any = runner.batch([2, 1])
+        context: Any = SimpleNamespace(
+            idx_mapping_np=batch.idx_mapping_np, seq_lens_upper_bound_np=batch.seq_lens_cpu_upper_bound.numpy()
+        )
+        logits = torch.randn(2, WIDTH)
+        forced = runner.adapter.apply(logits.clone(), context)
+        assert torch.equal(forced[0], logits[0])
+        if token is None:
+            assert torch.equal(forced[1], logits[1])
+        else:
+            assert forced[1].exp().nonzero().flatten().tolist() == [token]
+            runner.sample(1, token)
+
+
+def test_requests_before_the_adapter_is_attached_are_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logits_v2, "build_runtime", lambda *_: scripted_runtime(policies={"p": policy_of}))
+    config = SimpleNamespace(speculative_config=None, model_config=SimpleNamespace(logits_processors=None))
+    adapter = GuidanceLogitsProcessor(config, Buffers())  # type: ignore[arg-type]
+    assert not adapter.add_request(0, SamplingParams())
+    with pytest.raises(RuntimeError, match="call steersman_prepare on the workers"):
+        adapter.add_request(0, SamplingParams(extra_args={CONFIG_KEY: {"guidance": MIXED, "key": "a" * 16}}))

@@ -54,6 +54,8 @@ def tight_server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         "64",
         "--reward-model",
         f"first={models / 'first'}",
+        "--reward-model",
+        f"atop={models / 'atop'}",
         "--guidance-cache",
         f"{gib + 1e-7:.9f}",
     ]
@@ -85,6 +87,27 @@ def test_a_small_cache_makes_requests_wait_and_never_overflows(tight_server: Ser
     assert 3 * 190 <= capacity * BLOCK_SIZE <= CACHE_TOKENS
     assert capacity / 2 < max(seen["first"]) <= capacity
     assert tight_server.process.poll() is None
+    assert_no_block_stays_in_use(tight_server)
+
+
+def test_a_request_that_heads_alone_guide_does_not_wait_for_the_cache(tight_server: Server) -> None:
+    causal: dict[str, Any] = {"method": "pargs", "reward_model": "first", "top_k": 4}
+    long = Asked([5] * 100, causal, 150, {"temperature": 0, "ignore_eos": True})
+    short = Asked([6] * 100, {**causal, "reward_model": "atop"}, 4, {"temperature": 0})
+
+    async def run() -> None:
+        async with tight_server.async_client as client:
+            crowd = [asyncio.create_task(ask(client, long)) for _ in range(12)]
+            while not tight_server.blocks_in_use()["first"]:
+                await asyncio.sleep(0.05)
+            (answer,) = await ask(client, short)
+            waiting = [task for task in crowd if not task.done()]
+            assert len(waiting) > 4, "most of the crowd still waits for its turn"
+            assert answer.guidance is not None
+            assert answer.guidance["rewards"]["atop"] is not None
+            await asyncio.gather(*crowd)
+
+    asyncio.run(run())
     assert_no_block_stays_in_use(tight_server)
 
 

@@ -191,12 +191,12 @@ def test_guidance_tells_what_may_be_asked_for(server: Server) -> None:
     models = {model["name"]: model for model in body["reward_models"]}
     assert {name: (model["kind"], model["window"]) for name, model in models.items()} == {
         **{"first": ("causal", 512), "second": ("causal", 512), "narrow": ("causal", 64), "every": ("vocabulary", 512)},
-        **{"broken": ("causal", 512), "text": ("text", 256)},
+        **{"broken": ("causal", 512), "text": ("text", 256), "atop": ("head", 256)},
     }
     policies = {policy["name"]: policy for policy in body["policies"]}
     assert {name: (policy["kind"], policy["window"]) for name, policy in policies.items()} == {
         **dict.fromkeys(("expert", "other", "adapter", "ill"), ("policy", 512)),
-        "slim": ("policy", 64),
+        **{"slim": ("policy", 64), "tilted": ("policy_head", 256)},
     }
     models |= policies
     assert body["limits"]["top_k"] == MAX_TOP_K

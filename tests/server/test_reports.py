@@ -35,6 +35,7 @@ def _report(key: str) -> dict[str, Any]:
         "kl_truncation": 0.2,
         "kl_steering": 0.3,
         "error": None,
+        "fault": None,
         "rewards": {},
         "tokens": 5,
         "sources": {"guided": 3, "base": 2},

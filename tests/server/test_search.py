@@ -1,7 +1,9 @@
 """best_of_n and blockwise: the best of what the base samples, by the reward model's own account."""
 
+import asyncio
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -9,6 +11,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from steersman.guidance.request import TooLong, UnscorableText, parse_guidance
+from steersman.server.registry import LoadedModel
+from steersman.server.search import Search, _Choice
 from tests.server.polling import assert_no_block_stays_in_use
 from tests.support.oracle import causal_rewards
 from tests.support.server import Server
@@ -136,6 +141,41 @@ def test_a_model_that_cannot_score_fails_its_own_request(server: Server) -> None
             extra_body={"guidance": {"method": "best_of_n", "reward_model": "broken", "n": 2}},
         )
     assert_no_block_stays_in_use(server)
+
+
+class _Unseen:
+    """The engine and the answer of a search: texts beyond `limit` tokens cannot be scored."""
+
+    tokens: tuple[int, ...] = ()
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    def trim(self, sample: Any) -> Any:
+        return sample
+
+    async def score_answers(self, model: Any, prompt: Any, texts: list[list[int]], source: Any) -> Any:
+        if (longest := max(map(len, texts))) > self.limit:
+            raise UnscorableText("responses", f"the text has {longest}")
+        return [float(len(text)) for text in texts], sum(map(len, texts))
+
+
+def test_samples_that_have_outgrown_the_model_are_left_out_of_the_choice(rng: random.Random) -> None:
+    guidance: Any = parse_guidance({"method": "best_of_n", "reward_model": "text", "n": 4})
+    search = Search(guidance, LoadedModel("text", "text", 64), [5], length_field="max_completion_tokens")
+    lengths = rng.sample(range(1, 20), 4)
+    samples: Any = [SimpleNamespace(token_ids=[7] * length, text="") for length in lengths]
+    engine: Any = _Unseen(sorted(lengths)[1])
+    choice = _Choice(engine, search)
+    best = asyncio.run(choice.make(engine, samples))
+    assert len(best.token_ids) == engine.limit
+    report = choice.report(engine.limit)
+    assert report["unreadable_samples"] == 2
+    assert report["reward_model_tokens"] == sum(sorted(lengths)[:2])
+    engine.limit = 0
+    with pytest.raises(TooLong, match=r"none of the samples .* the text has \d+; ask for fewer tokens") as refusal:
+        asyncio.run(choice.make(engine, samples))
+    assert refusal.value.field == "max_completion_tokens"
 
 
 def _prompt(rng: random.Random) -> list[int]:

@@ -1,5 +1,6 @@
 """Starts that cannot end well are refused with one line that names the culprit and the way out."""
 
+import random
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from steersman.guidance.head_files import REWARD, save_head
 from tests.conftest import ONE_PROCESS
+from tests.support.heads import random_checkpoint
 from tests.support.server import test_environment
 from tests.support.tiny import VOCABULARY, build_tokenizer, save_base, save_reward
 
@@ -110,6 +113,13 @@ BEFORE_START |= {
     "presets that are no text": _presets("bytes.yaml", words=("--guidance-presets", "bytes.yaml", "decode")),
 }
 
+BEFORE_START |= {
+    "a head as policy": _policy("expert={}/atop", words=("policy 'expert'", "reward model", "--reward-model")),
+    "a policy's head as reward model": _reward("helpful={}/tilted", words=("'helpful'", "a policy", "--policy")),
+    "a head cut off": _reward("helpful={}/atop-cut", words=("'helpful'", "head.safetensors is cut off", "again")),
+    "a head of fewer tokens": _reward("helpful={}/atop-few", words=("'helpful'", "319 token ids", "needs 320")),
+}
+
 PRESETS = {
     "list.yaml": "- {method: pargs, reward_model: first}",
     "name.yaml": "'a:b': {method: pargs, reward_model: first}",
@@ -131,7 +141,9 @@ def checkpoints(models: Path) -> Path:
     kinds = {"attention_types": [[["global", "local"], 1]], "window_size": 16}
     save_reward(models / "neo", seed=7, kind="GPTNeo", num_layers=2, num_heads=2, **kinds)
     build_tokenizer(vocabulary=300).save_pretrained(save_base(models / "stranger", seed=10))
-    for source in ("base", "first", "expert", "adapter"):
+    (models / "atop-few").mkdir()
+    save_head(models / "atop-few", random_checkpoint(random.Random(22), REWARD, VOCABULARY - 1))
+    for source in ("base", "first", "expert", "adapter", "atop"):
         _copy(models, source, "cut", lambda whole: whole[: len(whole) * 2 // 3])
     _copy(models, "first", "empty", lambda _: b"")
     _copy(

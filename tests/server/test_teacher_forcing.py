@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support.oracle import Oracle, doubt_of
-from tests.support.random_input import random_guidance, random_policy_guidance, random_prompts
+from tests.support.random_input import random_guidance, random_policy_guidance, random_prompts, random_whole_guidance
 from tests.support.server import Server
 from tests.support.tiny import VOCABULARY
 
@@ -20,8 +20,8 @@ ABSENT = -9999.0
 
 def test_a_texts_log_probabilities_are_the_references(interface: Server, oracle: Oracle, rng: random.Random) -> None:
     compared = 0
-    for number, text in enumerate(random_prompts(rng, 10, shortest=4, longest=24)):
-        guidance = random_guidance(rng) if number % 2 else random_policy_guidance(rng)
+    for number, text in enumerate(random_prompts(rng, 12, shortest=4, longest=24)):
+        guidance = (random_guidance, random_policy_guidance, random_whole_guidance)[number % 3](rng)
         start = rng.randrange(1, len(text) - 1)
         choice = _score(interface, text, guidance, answer_start=start)
         own = choice["logprobs"]["token_logprobs"]
@@ -67,6 +67,8 @@ def test_an_answers_logprobs_are_the_guided_distributions_before_temperature(
     for guidance in (
         {"method": "pargs", "reward_model": "first", "beta": 1.5, "top_k": 5},
         {"method": "product", "policies": {"base": -0.5, "expert": 1.5}},
+        {"method": "product", "policies": {"base": -0.5, "tilted": 1.5}},
+        {"method": "pargs", "reward_model": "atop", "beta": 1.5, "top_k": None},
     ):
         body = interface.complete(
             prompt, guidance, max_tokens=6, temperature=0.7, logprobs=3, ignore_eos=True, return_token_ids=True
@@ -93,14 +95,19 @@ def test_neighbours_of_a_text_that_is_scored_keep_their_answers(interface: Serve
 @pytest.mark.parametrize(
     ("guidance", "fields", "message"),
     [
-        ({"method": "best_of_n", "reward_model": "first", "n": 2}, {}, "prompt_logprobs|echo"),
-        ({"method": "length_control", "policy": "expert", "length": 3}, {}, "answer_start"),
+        ({"method": "best_of_n", "reward_model": "first", "n": 2}, {}, "^echo: .*leave echo out"),
+        (
+            {"method": "best_of_n", "reward_model": "first", "n": 2},
+            {"echo": False, "prompt_logprobs": 1},
+            "^prompt_logprobs: .*leave prompt_logprobs out",
+        ),
+        ({"method": "length_control", "policy": "expert", "length": 3}, {}, "^echo: .*answer_start"),
         ({"method": "pargs", "reward_model": "first", "kl_budget": 3.0}, {}, "answer_start"),
         ({"method": "mixed", "policy": "expert", "mix": 1.0}, {"answer_start": 9}, "leaves nothing to score"),
         ({"method": "mixed", "policy": "expert", "mix": 1.0}, {"answer_start": 0}, "greater than or equal to 1"),
         (None, {"answer_start": 2}, "needs guidance"),
     ],
-    ids=["samples", "length", "budget", "behind the end", "zero", "plain"],
+    ids=["samples", "samples by vLLM's field", "length", "budget", "behind the end", "zero", "plain"],
 )
 def test_what_has_no_such_log_probabilities_is_refused(
     interface: Server, guidance: Any, fields: dict[str, Any], message: str

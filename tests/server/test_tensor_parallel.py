@@ -16,7 +16,7 @@ from tests.support.server import Server
 from tests.support.streams import assert_all_failed, mixed_bodies, read_streams
 from tests.support.traffic import Answered, Asked, ask, gather_limited
 
-REWARDS, POLICIES = ("first", "second", "every"), ("expert", "other")
+REWARDS, POLICIES = ("first", "second", "every", "atop"), ("expert", "other", "tilted")
 
 
 @pytest.fixture(scope="module")

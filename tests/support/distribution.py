@@ -31,6 +31,9 @@ _TWO_REWARDS = {
     "top_k": 6,
 }
 
+_HEAD = {"method": "pargs", "rewards": [{"model": "atop"}], "beta": 0.25, "top_k": 10}
+"""Rewards that vary by some nats: more strength would leave one token, which tells nothing apart."""
+
 
 def _changed(guidance: dict[str, Any], **wrong: Any) -> Case:
     def case(oracle: Oracle, prompt: list[int], length: int) -> tuple[dict[str, Any], Joint, Joint]:
@@ -70,6 +73,8 @@ CASES: dict[str, Case] = {
     "mixed 1.7": _changed({"method": "mixed", "policy": "expert", "mix": 1.7}, mix=1.85),
     "length_control": _changed({"method": "length_control", "policy": "other", "length": 1}, length=2),
     "product of three": _changed({"method": "product", "policies": _PRODUCT}, policies={**_PRODUCT, "other": -0.3}),
+    "head": _changed(_HEAD, beta=0.15),
+    "policy head": _changed({"method": "mixed", "policy": "tilted", "mix": 0.8}, mix=0.65),
     "kl_threshold exact": _exact_threshold,
     "kl_threshold monte carlo": _two_samples(0.4),
 }
@@ -77,6 +82,7 @@ CASES: dict[str, Case] = {
 COARSE_CASES: dict[str, Case] = {
     "gated reward": _changed({"method": "pargs", "reward_model": "first", "gate": {"first_tokens": 1}}, beta=0.5),
     "mixed 0.3": _changed({"method": "mixed", "policy": "expert", "mix": 0.3}, mix=0.6),
+    "head": _changed(_HEAD, rewards=[{"model": "atop", "weight": -1.0}]),
     "kl_threshold monte carlo": _two_samples(1.0),
 }
 

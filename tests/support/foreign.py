@@ -20,9 +20,11 @@ CHAT_TEMPLATE = (
 _SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>", "<|end|>"]
 
 
-def save_foreign(folder: Path, seed: int = 21, template: str | None = CHAT_TEMPLATE) -> Path:
+def save_foreign(folder: Path, seed: int = 21, template: str | None = CHAT_TEMPLATE, window: int = 512) -> Path:
     """A Llama classifier with another tokenizer."""
-    config = transformers.LlamaConfig(**{**COMMON, "vocab_size": 300, "num_labels": 1})
+    config = transformers.LlamaConfig(
+        **{**COMMON, "vocab_size": 300, "num_labels": 1, "max_position_embeddings": window}
+    )
     return _save(config, folder, seed, template)
 
 

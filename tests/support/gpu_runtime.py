@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from steersman.guidance import auxiliary, candidates, runtime, vocabulary
+from steersman.guidance import auxiliary, runtime, vocabulary
 from steersman.guidance.generate import load_runtime
 from steersman.guidance.runtime import GuidanceRuntime
 from steersman.kernels import dispatch
@@ -28,7 +28,7 @@ def acting_as_gpu() -> Iterator[None]:
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
-        for module in (dispatch, auxiliary, candidates, runtime, vocabulary):
+        for module in (dispatch, auxiliary, runtime, vocabulary):
             patch.setattr(module, "has_kernels", lambda _: True)
         patch.setattr(auxiliary, "make_capture", lambda _: capture_by_recording)
         patch.setattr(
@@ -38,10 +38,11 @@ def acting_as_gpu() -> Iterator[None]:
 
 
 def load_gpu_runtime(models: Path) -> GuidanceRuntime:
-    """Reward models `first`, `second` (causal) and `every` (a vocabulary head), policies `expert` and `other`."""
+    """Reward models `first`, `second` (causal), `every` (a vocabulary head) and `atop` (a head), policies `expert`,
+    `other` and `tilted` (a head)."""
     tokenizer = AutoTokenizer.from_pretrained(models / "base")
-    rewards = {name: str(models / name) for name in ("first", "second", "every")}
-    policies = {name: str(models / name) for name in ("expert", "other")}
+    rewards = {name: str(models / name) for name in ("first", "second", "every", "atop")}
+    policies = {name: str(models / name) for name in ("expert", "other", "tilted")}
     return load_runtime(tokenizer, rewards, policies, cache_bytes=2**22, device=DEVICE)
 
 

@@ -1,12 +1,14 @@
 """The naive reference over real checkpoints: plain transformers forwards, no cache of any kind."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from steersman.guidance.plan import Plan, compile_plan
@@ -20,7 +22,7 @@ from steersman.guidance.reference import (
     reference_step,
 )
 from steersman.guidance.request import parse_guidance
-from tests.support.tiny import END, VOCABULARY
+from tests.support.tiny import COMMON, END, VOCABULARY
 
 NEAR_TIE = 1e-4
 """Below this margin in nats float32 cannot tell the two best candidates, or the sides of a threshold, apart."""
@@ -31,6 +33,17 @@ class Oracle:
     """Answers as the papers' own scripts would give them."""
 
     models: ReferenceModels
+    base: Path
+    """The base model's folder."""
+
+    @cached_property
+    def _base(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval().base_model
+
+    def hidden(self, tokens: Sequence[int]) -> torch.Tensor:
+        """The base's hidden state [D] behind a text, by a full forward."""
+        with torch.inference_mode():
+            return self._base(input_ids=torch.tensor([list(tokens)])).last_hidden_state[0, -1].clone()
 
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """Next-token logits of the frozen base."""
@@ -133,9 +146,17 @@ def load_oracle(
         ReferenceModels(
             language_model(models / "base"),
             END,
-            {**{name: causal_rewards(models / name) for name in names}, "every": vocabulary_rewards(models / "every")},
-            {name: language_model(models / name) for name in policies},
-        )
+            {
+                **{name: causal_rewards(models / name) for name in names},
+                "every": vocabulary_rewards(models / "every"),
+                "atop": head_rewards(models / "atop", models / "base"),
+            },
+            {
+                **{name: language_model(models / name) for name in policies},
+                "tilted": head_policy(models / "tilted", models / "base"),
+            },
+        ),
+        models / "base",
     )
 
 
@@ -149,6 +170,30 @@ def language_model(folder: Path) -> Logits:
             return model(input_ids=torch.tensor([list(tokens)])).logits[0, -1, :VOCABULARY]
 
     return logits
+
+
+def draw_hidden(prompt: Sequence[int]) -> torch.Tensor:
+    """[D] float64: a hidden state that depends on the prompt and nothing else."""
+    generator = torch.Generator().manual_seed(hash(tuple(prompt)) % 2**31)
+    return torch.randn(COMMON["hidden_size"], generator=generator, dtype=torch.float64, device="cpu")
+
+
+def reference_over(
+    models: Path, rewards: Sequence[str] = ("first", "second"), policies: Sequence[str] = ("expert", "other")
+) -> Callable[[torch.Tensor, list[int], dict[str, Any]], torch.Tensor]:
+    """The reference's log-probabilities for any logits of the base, a prompt and a guidance object; hidden states are
+    `draw_hidden`'s."""
+    own: dict[str, Rewards] = {name: causal_rewards(models / name) for name in rewards}
+    own["every"] = vocabulary_rewards(models / "every")
+    own["atop"] = before_the_last(head_over(models / "atop", draw_hidden))
+    known: dict[str, Logits] = {name: language_model(models / name) for name in policies}
+    tilt = head_over(models / "tilted", draw_hidden)
+
+    def reference(logits: torch.Tensor, prompt: list[int], guidance: dict[str, Any]) -> torch.Tensor:
+        sources = ReferenceModels(lambda _: logits, END, own, {**known, "tilted": lambda tokens: logits + tilt(tokens)})
+        return reference_step(prompt, parse_guidance(guidance), sources).logprobs  # type: ignore[arg-type]
+
+    return reference
 
 
 def causal_rewards(folder: Path) -> Rewards:
@@ -167,13 +212,51 @@ def causal_rewards(folder: Path) -> Rewards:
 
 def vocabulary_rewards(folder: Path) -> Rewards:
     """Full forwards of a reward model with a vocabulary head: a text's reward is its last token's output before it."""
-    outputs = language_model(folder)
+    return before_the_last(language_model(folder))
+
+
+def before_the_last(outputs: Logits) -> Rewards:
+    """Rewards of texts, of which each has its last token's output in front of it."""
 
     def rewards(texts: list[list[int]]) -> torch.Tensor:
         after = {prefix: outputs(prefix) for prefix in {tuple(text[:-1]) for text in texts}}
         return torch.stack([after[tuple(text[:-1])][text[-1]] for text in texts])
 
     return rewards
+
+
+def head_outputs(folder: Path, base: Path) -> Logits:
+    """A head's outputs for every token, in float64, by full forwards of its base."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).eval()
+
+    def hidden(tokens: Sequence[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return model.base_model(input_ids=torch.tensor([list(tokens)])).last_hidden_state[0, -1]
+
+    return head_over(folder, hidden)
+
+
+def head_over(folder: Path, hidden: Logits) -> Logits:
+    """U f(h) + c, f(h) = W₂ silu(W₁ h + b₁) + b₂, in float64, over hidden states [D] float64 by tokens."""
+    weights = {name: tensor.double() for name, tensor in load_file(folder / "head.safetensors").items()}
+
+    def outputs(tokens: Sequence[int]) -> torch.Tensor:
+        middle = weights["inner.weight"] @ hidden(tokens) + weights["inner.bias"]
+        features = weights["outer.weight"] @ (middle * torch.sigmoid(middle)) + weights["outer.bias"]
+        return weights["tokens"] @ features + weights["bias"]
+
+    return outputs
+
+
+def head_rewards(folder: Path, base: Path) -> Rewards:
+    """Rewards by a head: a text's is its last token's output before it."""
+    return before_the_last(head_outputs(folder, base))
+
+
+def head_policy(folder: Path, base: Path) -> Logits:
+    """Logits of a policy head: the base's and the head's outputs."""
+    logits, outputs = language_model(base), head_outputs(folder, base)
+    return lambda tokens: logits(tokens) + outputs(tokens)
 
 
 def text_rewards(folder: Path, models: Path) -> Rewards:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer
 
 from steersman.training.data.preferences import TokenizedPreference
@@ -43,7 +44,12 @@ def begin(response: list[int], keep: float) -> list[int]:
 
 
 def make_trainer(
-    folder: Path, method: MethodName, rows: list[TokenizedPreference], padding: bool = True, **keys: Any
+    folder: Path,
+    method: MethodName,
+    rows: list[TokenizedPreference],
+    padding: bool = True,
+    lora: LoraConfig | None = None,
+    **keys: Any,
 ) -> Trainer:
     """A method's trainer, which reads the rows in their order as one batch unless `keys` say otherwise.
 
@@ -62,7 +68,7 @@ def make_trainer(
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     if not padding:
         tokenizer.pad_token = None
-    return METHODS[method].make_trainer(config, model, tokenizer, rows, None)
+    return METHODS[method].make_trainer(config, model, tokenizer, rows, lora)
 
 
 def compute_loss(trainer: Trainer, batch: Any) -> float:

@@ -35,8 +35,9 @@ def random_guidance(rng: random.Random, models: Sequence[str] = ("first", "secon
 
 
 def random_policy_guidance(rng: random.Random) -> dict[str, Any]:
-    """Any guidance by the policies "expert" and "other" that the reference knows, gates and budgets included."""
-    policy = rng.choice(["expert", "other"])
+    """Any guidance by the policies "expert", "other" and "tilted" (a head) that the reference knows, gates and budgets
+    included."""
+    policy = rng.choice(["expert", "other", "tilted"])
     estimator = rng.choice([{}, {}, {"estimator": "monte_carlo", "samples": 500}])
     choices: list[dict[str, Any]] = [
         {"method": "mixed", "policy": policy, "mix": rng.choice([0.0, 0.3, 1.0, 1.7])},
@@ -45,6 +46,7 @@ def random_policy_guidance(rng: random.Random) -> dict[str, Any]:
         {"method": "kl_threshold", "policy": policy, "threshold": round(rng.uniform(0.1, 2), 2), **estimator},
         {"method": "kl_threshold", "policy": policy, "threshold": 1.0, "mix": 0.4},
         {"method": "product", "policies": {"base": 1.0, "expert": 0.8, "other": -0.5}},
+        {"method": "product", "policies": {"base": 0.3, "expert": 0.4, "tilted": 0.7}},
         {"method": "product", "policies": {"expert": 0.6, "other": 0.5}, "kl_budget": round(rng.uniform(1, 9), 2)},
         {**random_guidance(rng), "policies": {"base": 0.4, policy: 0.6}},
         {**random_guidance(rng), "gate": random_gate(rng)},
@@ -55,10 +57,24 @@ def random_policy_guidance(rng: random.Random) -> dict[str, Any]:
 
 def any_guidance(rng: random.Random) -> dict[str, Any]:
     """By reward models of either kind or by policies."""
-    if rng.random() < 0.15:
-        top_k = rng.choice([7, None])
-        return {"method": "pargs", "reward_model": "every", "beta": round(rng.uniform(0.2, 2), 3), "top_k": top_k}
+    if rng.random() < 0.25:
+        return random_whole_guidance(rng)
     return random_guidance(rng) if rng.random() < 0.4 else random_policy_guidance(rng)
+
+
+def random_whole_guidance(rng: random.Random) -> dict[str, Any]:
+    """By reward models that have a reward for every token: "every" (a vocabulary model) and "atop" (a head)."""
+    rewards = rng.choice(
+        [
+            [{"model": "every"}],
+            [{"model": "atop"}],
+            [{"model": "atop", "weight": 0.6}, {"model": "every", "weight": -0.5}],
+            [{"model": "atop", "transform": "log_sigmoid", "reference": 0.2}],
+        ]
+    )
+    strength = {"beta": round(rng.uniform(0.2, 2), 3), "top_k": rng.choice([7, None])}
+    guidance = {"method": "pargs", "rewards": rewards, **strength}
+    return guidance | rng.choice([{}, {}, {"gate": random_gate(rng)}, {"kl_budget": 12.0}])
 
 
 def random_gate(rng: random.Random) -> dict[str, Any]:
@@ -66,7 +82,7 @@ def random_gate(rng: random.Random) -> dict[str, Any]:
     conditions = [
         {"first_tokens": rng.randint(1, 12)},
         {"entropy_above": round(rng.uniform(1.0, 4.0), 2)},
-        {"kl_above": round(rng.uniform(0.1, 2), 2), "policy": rng.choice(["expert", "other"])},
+        {"kl_above": round(rng.uniform(0.1, 2), 2), "policy": rng.choice(["expert", "other", "tilted"])},
     ]
     chosen = rng.sample(conditions, rng.choice([1, 1, 2]))
     return {key: value for condition in chosen for key, value in condition.items()}

@@ -20,6 +20,7 @@ END = 1
 class _Scripted:
     kind = "policy"
     window = 10_000
+    layer = None
 
     def __init__(self, name: str, outputs: Outputs) -> None:
         self.name = name
@@ -37,10 +38,15 @@ class _Scripted:
         self.released.append((key, tokens))
 
     def read(self, prefixes: Sequence[Prefix], last: Any = None) -> tuple[torch.Tensor, list[int]]:
-        return torch.stack([self._of(prefix) for prefix in prefixes]), [0] * len(prefixes)
+        """last: [G], known to the device before the host, as a prefix may end in a token that stands for it."""
+        known = [None] * len(prefixes) if last is None else last.tolist()
+        return torch.stack(list(map(self._of, prefixes, known))), [0] * len(prefixes)
 
-    def _of(self, prefix: Prefix) -> torch.Tensor:
-        return self.outputs if isinstance(self.outputs, torch.Tensor) else self.outputs(list(prefix.tokens()))
+    def _of(self, prefix: Prefix, last: int | None = None) -> torch.Tensor:
+        if isinstance(self.outputs, torch.Tensor):
+            return self.outputs
+        tokens = prefix.tokens()
+        return self.outputs(tokens if last is None else [*tokens[:-1], last])
 
 
 class ScriptedPolicy(_Scripted):

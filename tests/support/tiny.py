@@ -1,15 +1,20 @@
 """Tiny models with random weights, made where they are needed: real architectures, a real tokenizer, no download."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
+from steersman.guidance.head_files import HeadCheckpoint, Probe, base_facts, save_head
+from steersman.guidance.heads import Head, HeadShape
+
 VOCABULARY = 320
 END = 1
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
 
@@ -77,6 +82,22 @@ def save_aspects(folder: Path, seed: int, weights: dict[str, float], **changes: 
     return _save(AutoModelForSequenceClassification.from_config(config), folder, seed, spread=0.3)
 
 
+def save_random_head(folder: Path, base: Path, role: str, seed: int) -> Path:
+    """A head on `base` of random weights, whose outputs vary by about one between tokens."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    config = model.config
+    head = randomise(Head(HeadShape(config.hidden_size, 24, 12, config.vocab_size)), seed, spread=0.3)
+    generator = torch.Generator().manual_seed(seed)
+    head.bias.data = 0.3 * torch.randn(config.vocab_size, generator=generator)
+    texts = [torch.randint(2, VOCABULARY - 8, (n,), generator=generator).tolist() for n in (3, 7, 12, 20)]
+    with torch.no_grad():
+        ends = [model.base_model(torch.tensor([text])).last_hidden_state[0, -1] for text in texts]
+    folder.mkdir(parents=True)
+    facts = base_facts(config, config.vocab_size)
+    save_head(folder, HeadCheckpoint(head, role, facts, Probe(texts, torch.stack(ends)), {"objective": "head"}))
+    return folder
+
+
 def save_adapter(folder: Path, base: Path, seed: int) -> Path:
     """A LoRA adapter over `base` that changes its distributions by a nat or so."""
     import peft
@@ -92,7 +113,7 @@ def save_adapter(folder: Path, base: Path, seed: int) -> Path:
     return folder
 
 
-def randomise(model: torch.nn.Module, seed: int, spread: float) -> torch.nn.Module:
+def randomise(model: Module, seed: int, spread: float) -> Module:
     """Redraws every weight matrix from a normal distribution, so that no output is near constant."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

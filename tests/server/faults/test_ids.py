@@ -92,7 +92,7 @@ def test_what_the_base_prefers_and_the_model_cannot_read_is_not_chosen(
         assert set(plain.tokens[0]) <= set(BEYOND)
     assert streams[2].tokens == alone
     for failure in failures:
-        assert failure.status_code == 500
+        assert failure.status_code == 400
         message = failure.json()["error"]["message"]
         assert all(word in message for word in ("'first'", "raise top_k")), message
     assert_no_block_stays_in_use(supervised)

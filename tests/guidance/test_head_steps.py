@@ -1,0 +1,180 @@
+"""Steps that heads guide: rewards and log-probabilities of the hidden states of the very rows, and a row that cannot be
+guided ends alone."""
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from steersman.guidance.head_files import POLICY, REWARD
+from steersman.guidance.head_models import HeadModel
+from steersman.guidance.hidden_states import Span
+from steersman.guidance.runtime import GuidanceRuntime
+from tests.support.heads import head_table, random_head
+from tests.support.scripted import END, begin_rows, scripted_runtime
+
+WIDTH = 24
+SINGLE = {"method": "pargs", "reward_model": "r", "beta": 0.7, "top_k": 5}
+WHOLE = {**SINGLE, "top_k": None}
+MIXED = {"method": "mixed", "policy": "p", "mix": 0.6}
+BUDGET = {**MIXED, "kl_budget": 50.0}
+OVER = {**SINGLE, "policies": {"base": 0.3, "p": 0.7}}
+GUIDANCES: dict[str, dict[str, Any]] = {
+    "candidates": SINGLE, "every token": WHOLE, "a policy": MIXED, "a budget": BUDGET, "rewards over a policy": OVER,
+}  # fmt: skip
+
+
+class Heads:
+    """A runtime with the reward head `r`, the policy head `p` and a scripted reward model `other`."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.runtime: GuidanceRuntime = scripted_runtime({"other": torch.randn(WIDTH)})
+        self.models: dict[str, HeadModel] = {}
+        for name, role in (("r", REWARD), ("p", POLICY)):
+            self.models[name] = random_head(rng, name, role, WIDTH)
+            self.runtime.add(self.models[name])  # type: ignore[arg-type]
+        self.sizes = {name: model.head.shape.hidden_size for name, model in self.models.items()}
+
+    def hidden(self, rows: int) -> torch.Tensor:
+        """Random states that either head reads the start of."""
+        return torch.randn(rows, max(self.sizes.values()))
+
+    def expected(self, logits: torch.Tensor, hidden: torch.Tensor, guidance: dict[str, Any]) -> torch.Tensor:
+        """Guided log-probabilities [V] of a row, in float64."""
+        base = logits.double().log_softmax(-1)
+        outputs = {n: head_table(m.head, hidden.unsqueeze(0))[0] for n, m in self.models.items()}
+        policy = (base + outputs["p"]).log_softmax(-1)
+        mixture = guidance.get("policies", {"base": 1.0})
+        if guidance["method"] == "mixed":
+            mixture = {"base": 1 - guidance["mix"], "p": guidance["mix"]}
+        scores = mixture.get("base", 0.0) * base + mixture.get("p", 0.0) * policy
+        if "reward_model" in guidance:
+            scores = scores + guidance["beta"] * outputs["r"]
+            if guidance["top_k"] is not None:
+                kept = base.topk(guidance["top_k"]).indices
+                scores = torch.full_like(scores, -torch.inf).index_copy(0, kept, scores[kept])
+        return scores.log_softmax(-1)
+
+
+@pytest.fixture
+def heads(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> Heads:
+    sizes = iter([17, 17])
+    monkeypatch.setattr(rng, "randint", lambda low, high: next(sizes, 4) if (low, high) == (5, 20) else 4)
+    return Heads(rng)
+
+
+def step(heads: Heads, guidances: list[dict[str, Any]], hidden: torch.Tensor | None, logits: torch.Tensor) -> list[Any]:
+    rows = begin_rows(heads.runtime, guidances)
+    heads.runtime.step(logits, rows, hidden=hidden)
+    return rows
+
+
+@pytest.mark.parametrize("name", GUIDANCES)
+def test_every_row_is_guided_by_its_own_hidden_state(heads: Heads, name: str) -> None:
+    logits, hidden = torch.randn(4, WIDTH), heads.hidden(4)
+    guided = logits.clone()
+    step(heads, [GUIDANCES[name]] * 4, hidden, guided)
+    for n in range(4):
+        expected = heads.expected(logits[n], hidden[n], GUIDANCES[name])
+        torch.testing.assert_close(guided[n].double().log_softmax(-1), expected, rtol=0, atol=1e-5)
+
+
+def test_rows_of_all_kinds_in_any_order_are_guided_together(heads: Heads, rng: random.Random) -> None:
+    logits, hidden = torch.randn(8, WIDTH), heads.hidden(8)
+    guidances = [rng.choice(list(GUIDANCES.values())) for _ in range(8)]
+    rows = begin_rows(heads.runtime, guidances)
+    order = rng.sample(range(8), 6)
+    guided = logits.clone()
+    heads.runtime.step(guided, [rows[n] for n in order], hidden=hidden)
+    for n in range(8):
+        if n not in order:
+            assert torch.equal(guided[n], logits[n])
+            continue
+        expected = heads.expected(logits[n], hidden[n], guidances[n])
+        torch.testing.assert_close(guided[n].double().log_softmax(-1), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_hidden_states_come_in_any_precision(heads: Heads, dtype: torch.dtype) -> None:
+    logits, hidden = torch.randn(2, WIDTH), heads.hidden(2).to(dtype)
+    guided = logits.clone()
+    step(heads, [SINGLE, MIXED], hidden, guided)
+    for n, guidance in enumerate((SINGLE, MIXED)):
+        expected = heads.expected(logits[n], hidden[n], guidance)
+        torch.testing.assert_close(guided[n].double().log_softmax(-1), expected, rtol=0, atol=1e-5)
+
+
+def test_heads_read_no_tokens(heads: Heads) -> None:
+    rows = step(heads, list(GUIDANCES.values()), heads.hidden(5), torch.randn(5, WIDTH))
+    for row in rows:
+        assert (row.request.reward_model_tokens, row.request.policy_tokens) == (0, 0)
+    assert not any(heads.runtime.work.tokens["step"].values())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", GUIDANCES)
+def test_a_hidden_state_that_is_not_finite_ends_its_row_alone_and_names_the_head(
+    heads: Heads, rng: random.Random, name: str, value: float
+) -> None:
+    logits, hidden = torch.randn(3, WIDTH), heads.hidden(3)
+    bad = rng.randrange(3)
+    hidden[bad, rng.randrange(17)] = value
+    guided = logits.clone()
+    rows = step(heads, [GUIDANCES[name]] * 3, hidden, guided)
+    for n, row in enumerate(rows):
+        if n != bad:
+            assert row.request.error is None
+            expected = heads.expected(logits[n], hidden[n], GUIDANCES[name])
+            torch.testing.assert_close(guided[n].double().log_softmax(-1), expected, rtol=0, atol=1e-5)
+            continue
+        assert row.request.error is not None
+        head = "policy 'p'" if "policy" in name or "budget" in name else "reward model 'r'"
+        assert head in row.request.error
+        assert "finite number" in row.request.error
+        assert row.request.fault == "not_finite"
+        assert guided[n].exp().nonzero().flatten().tolist() == [END], "the failed row ends"
+    failed = heads.runtime.work.failures["not_finite"]
+    assert sum(failed.values()) == 1
+
+
+@pytest.mark.parametrize("name", GUIDANCES)
+def test_without_hidden_states_a_row_ends_with_the_reason_and_neighbours_go_on(heads: Heads, name: str) -> None:
+    logits, other = torch.randn(3, WIDTH), {"method": "pargs", "reward_model": "other", "top_k": 4}
+    guided = logits.clone()
+    rows = step(heads, [other, GUIDANCES[name], other], None, guided)
+    assert [row.request.error is None for row in rows] == [True, False, True]
+    assert "needs the base's hidden states" in str(rows[1].request.error)
+    assert rows[1].request.fault == "raised"
+    assert guided[1].exp().nonzero().flatten().tolist() == [END]
+    again = logits.clone()
+    step(heads, [other], None, again[:1])
+    torch.testing.assert_close(guided[0], again[0])
+    assert int(guided[2].isfinite().sum()) == 4
+
+
+def test_a_gate_on_a_policy_heads_divergence_opens_by_its_own_row(heads: Heads) -> None:
+    logits, hidden = torch.randn(6, WIDTH), heads.hidden(6)
+    base = logits.double().log_softmax(-1)
+    policy = (base + head_table(heads.models["p"].head, hidden)).log_softmax(-1)
+    kl = (policy.exp() * (policy - base)).sum(-1)
+    threshold = float(kl.sort().values[2:4].mean())
+    guided = logits.clone()
+    step(heads, [{"method": "kl_threshold", "policy": "p", "threshold": threshold}] * 6, hidden, guided)
+    for n in range(6):
+        expected = policy[n] if kl[n] > threshold else base[n]
+        torch.testing.assert_close(guided[n].double().log_softmax(-1), expected, rtol=0, atol=1e-5)
+
+
+def test_an_answers_values_are_the_heads_behind_each_position(heads: Heads, rng: random.Random) -> None:
+    hidden, tokens = heads.hidden(6), [rng.randrange(WIDTH) for _ in range(4)]
+    runtime = heads.runtime
+    with pytest.raises(KeyError):
+        runtime.score_hidden("r", "unknown", tokens)
+    runtime.hidden_states.expect(Span("key", 2, 6))
+    runtime.hidden_states.keep("key", 0, hidden[:4])
+    runtime.hidden_states.keep("key", 4, hidden[4:])
+    values = runtime.score_hidden("r", "key", tokens)
+    expected = head_table(heads.models["r"].head, hidden[2:]).gather(1, torch.tensor(tokens).unsqueeze(1))[:, 0]
+    assert values == pytest.approx(expected.tolist(), abs=1e-5)
