@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from steersman.guidance.head_files import POLICY
+
 PICTURE = "accuracy.png"
 FACTS = "steersman"  # the key of the facts in config.json
 
@@ -33,7 +35,7 @@ def save_checkpoint(
     with _stored_as(model, store):
         model.save_pretrained(folder)
     _save_tokenizer(tokenizer, folder)
-    (Path(folder) / "model.safetensors").chmod(0o644)  # written readable by its owner only
+    _follow_umask(folder, "model.safetensors")
     _set_config(folder, "dtype", computes_in)
 
 
@@ -47,9 +49,14 @@ def save_adapter(
         model.save_pretrained(folder, save_embedding_layers=False)
     model.config.save_pretrained(folder)
     _save_tokenizer(tokenizer, folder)
-    (Path(folder) / "adapter_model.safetensors").chmod(0o644)  # written readable by its owner only
+    _follow_umask(folder, "adapter_model.safetensors")
     _set_config(folder, "dtype", computes_in)
     _set_config(folder, FACTS, facts)
+
+
+def _follow_umask(folder: str | Path, weights: str) -> None:
+    """Lets those read the weights who may read the checkpoint's config.json: safetensors writes for the owner alone."""
+    (Path(folder) / weights).chmod((Path(folder) / "config.json").stat().st_mode)
 
 
 @contextmanager
@@ -127,6 +134,31 @@ def write_policy_card(folder: str | Path, name: str, facts: dict[str, Any]) -> N
         *_accuracy_table(folder, facts, of=" of the implicit reward β log π/π_ref"),
     ]
     lines += ["", "```", f"steersman serve MODEL --policy {name}=PATH_OF_THIS_FOLDER", "```", ""]
+    (Path(folder) / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def write_head_card(folder: str | Path, name: str, role: str, facts: dict[str, Any], seen: str) -> None:
+    """A short README.md of a head: what it was trained on (`seen`, in words), how well it does, how to serve it."""
+    policy = role == POLICY
+    kind, option = ("Policy", "--policy") if policy else ("Reward model", "--reward-model")
+    settings = "".join(f", {name} {_shown(facts[name])}" for name in ("beta", *_SETTINGS) if name in facts)
+    chosen = f" (the weights of epoch {facts['best_epoch']} are kept)" if "best_epoch" in facts else ""
+    lines = [
+        f"# {name}",
+        "",
+        f"{kind} as a head on the hidden states of `{facts['model']}`, which alone it can guide, trained on {seen}.",
+        f"Loss: {facts['loss']}{settings}. Width {facts['width']}, rank {facts['rank']}, dropout {facts['dropout']:g}, "
+        f"learning rate {facts['learning_rate']:g}, {facts['epochs']:g} epochs{chosen}, batch {facts['batch']}, seed "
+        f"{facts['seed']}.",
+        *_accuracy_table(folder, facts, of=" of the implicit reward β log π/π_ref" if policy else ""),
+    ]
+    if "spread" in facts:
+        lines += [
+            "",
+            f"Over the base's 10 likeliest tokens its outputs have a standard deviation of {facts['spread']:g}: "
+            "guidance with `beta` moves their log-probabilities by about `beta` times that.",
+        ]
+    lines += ["", "```", f"steersman serve {facts['model']} {option} {name}=PATH_OF_THIS_FOLDER", "```", ""]
     (Path(folder) / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ from steersman.training.checkpoints import add_facts, round_weights, save_adapte
 from steersman.training.configuration import ConfigError, load, log, log_data, one_line, peek, prepare_tokenizer, run
 from steersman.training.data.preferences import TokenizedPreference, load_preferences
 from steersman.training.figure import draw_accuracy
+from steersman.training.heads.policy import head_config_type, train_policy_head
 from steersman.training.implicit_reward import implicit_accuracy
 from steersman.training.lora import lora_config
 from steersman.training.output import replacing
@@ -45,12 +46,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def train_dpo(arguments: DPOArguments, config: Any) -> dict[str, Any]:
-    """Trains, measures and saves a policy, or its adapter; returns the facts that its config.json carries.
+    """Trains, measures and saves a policy, or its adapter; returns the facts that its config.json carries, or a
+    head's file.
 
     config: of the method's type.
     """
     method = METHODS[arguments.method]
     check(arguments)
+    if arguments.head:
+        return train_policy_head(arguments, config, load_rows)
     method.check(config)
     set_seed(config.seed)
     tokenizer = prepare_tokenizer(arguments.model, config)
@@ -135,7 +139,8 @@ def _train(
 
 def config_type(argv: Sequence[str]) -> type[Any]:
     """The configuration of the method that the arguments name; raises ConfigError."""
-    return METHODS[peek("dpo", MethodArguments, argv).method].config
+    arguments = peek("dpo", MethodArguments, argv)
+    return head_config_type(arguments.method) if arguments.head else METHODS[arguments.method].config
 
 
 def _facts(arguments: DPOArguments, config: Any, pairs: int) -> dict[str, Any]:

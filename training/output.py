@@ -17,7 +17,10 @@ from steersman.training.errors import ConfigError
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Of a model that was written earlier: what a model of another kind would leave lying beside its own files.
-_MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", PICTURE)
+_MODEL_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", PICTURE),
+)
 
 
 def claim(config: Any, overwrite: bool) -> None:

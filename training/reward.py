@@ -14,12 +14,14 @@ from trl.trainer.reward_config import RewardConfig
 from steersman.guidance.checkpoints import is_causal
 from steersman.training.accuracy import accuracy_by_share
 from steersman.training.checkpoints import add_facts, round_weights, save_checkpoint, write_reward_card
-from steersman.training.configuration import log_data, prepare_tokenizer, run
+from steersman.training.configuration import log_data, peek, prepare_tokenizer, run
 from steersman.training.data.preferences import TokenizedPreference, load_preferences
 from steersman.training.figure import draw_accuracy
+from steersman.training.heads.arguments import HeadRewardConfig
+from steersman.training.heads.reward import train_reward_head
 from steersman.training.lora import add_lora, merge_lora
 from steersman.training.output import replacing
-from steersman.training.rewards.arguments import Objective, RewardArguments, check, check_center
+from steersman.training.rewards.arguments import Objective, ObjectiveArguments, RewardArguments, check, check_center
 from steersman.training.rewards.aspects import ASPECTS
 from steersman.training.rewards.causal import PARTIAL
 from steersman.training.rewards.distilled import DISTILLED
@@ -46,12 +48,19 @@ RECIPES: dict[Objective, Recipe] = {
 
 def main(argv: Sequence[str]) -> int:
     """Runs `steersman train reward` with these arguments; 2 for an error in what the user gave."""
-    return run("reward", RewardArguments, lambda _: RewardConfig, train_reward, argv)
+    return run("reward", RewardArguments, config_type, train_reward, argv)
+
+
+def config_type(argv: Sequence[str]) -> type[RewardConfig]:
+    """The configuration of the objective that the arguments name; raises ConfigError."""
+    return HeadRewardConfig if peek("reward", ObjectiveArguments, argv).objective == "head" else RewardConfig
 
 
 def train_reward(arguments: RewardArguments, config: RewardConfig) -> dict[str, Any]:
-    """Trains, measures and saves a reward model; returns the facts that its config.json carries."""
+    """Trains, measures and saves a reward model; returns the facts that its config.json carries, or a head's file."""
     check(arguments)
+    if arguments.objective == "head":
+        return train_reward_head(arguments, config)
     check_center(arguments, config)
     recipe = RECIPES[arguments.objective]
     set_seed(config.seed)

@@ -1,5 +1,6 @@
 """The YAML files that ship: each key once, and alike where two models are compared."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from trl.trainer.reward_config import RewardConfig
 
+from steersman.training import reward
 from steersman.training.configuration import parse
 from steersman.training.dpo import METHODS, config_type
+from steersman.training.heads.arguments import HeadPolicyConfig, HeadRewardConfig
+from steersman.training.heads.policy import check_policy_config
 from steersman.training.iterative.iterate import IterateArguments
 from steersman.training.iterative.representatives import read_representatives
 from steersman.training.policies.arguments import DPOArguments
@@ -31,7 +35,8 @@ def read(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("reward-*.yaml")), ids=lambda path: path.stem)
 def test_a_config_of_a_reward_model_names_its_own_model_and_objective(path: Path) -> None:
     read(path)
-    arguments, config = parse("reward", RewardArguments, RewardConfig, ["--config", str(path)])
+    argv = ["--config", str(path)]
+    arguments, config = parse("reward", RewardArguments, reward.config_type(argv), argv)
     check(arguments)
     assert config.output_dir == f"models/{path.stem}"
     name = path.stem.removeprefix("reward-").replace("-", "_")
@@ -48,10 +53,23 @@ def test_partial_and_full_differ_only_in_objective() -> None:
 def test_every_key_of_a_policy_s_config_belongs_to_its_method(path: Path) -> None:
     config, argv = read(path), ["--config", str(path)]
     arguments, settings = parse("dpo", DPOArguments, config_type(argv), argv)
-    METHODS[arguments.method].check(settings)
+    if arguments.head:
+        check_policy_config(arguments, settings)
+    else:
+        METHODS[arguments.method].check(settings)
     assert (config["output_dir"], config["model"]) == (f"models/{path.stem}", "models/base")
     assert (arguments.method, settings.beta) == (config.get("method", "dpo"), config["beta"])
     assert f"steersman train dpo --config {path.name}" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["reward", "dpo"])
+def test_heads_of_the_world_are_trained_by_the_defaults(kind: str) -> None:
+    config = read(CONFIGS / f"{kind}-head.yaml")
+    kinds: dict[str, Any] = {"reward": (RewardArguments, HeadRewardConfig), "dpo": (DPOArguments, HeadPolicyConfig)}
+    for defaults in kinds[kind]:
+        for field in fields(defaults):
+            if field.name.startswith("head_") or field.name in ("learning_rate", "num_train_epochs", "weight_decay"):
+                assert config.get(field.name, field.default) == field.default, field.name
 
 
 def test_aspects_weigh_the_same_in_the_reward_model_and_the_policy() -> None:

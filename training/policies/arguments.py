@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from steersman.training.configuration import ConfigError, RunArguments
+from steersman.training.heads.arguments import HeadArguments, check_head, refuse_head_options
 
 MethodName = Literal["dpo", "tdpo1", "tdpo2", "1d", "2d", "kto", "orpo", "simpo"]
 
@@ -22,10 +23,17 @@ class MethodArguments:
             "aspect. kto: TRL's, on each response by itself. orpo, simpo: TRL's, without a reference model."
         },
     )
+    head: bool = field(
+        default=False,
+        metadata={
+            "help": "Train a head on the hidden states of the base, which is frozen, in place of a model: methods dpo, "
+            "kto, orpo and simpo."
+        },
+    )
 
 
 @dataclass(kw_only=True)
-class DPOArguments(MethodArguments, RunArguments):
+class DPOArguments(HeadArguments, MethodArguments, RunArguments):
     """What is trained on what. Everything else is the method's configuration, TRL's with a few keys more: beta,
     loss_type, learning_rate, output_dir, …"""
 
@@ -67,3 +75,7 @@ def check(arguments: DPOArguments) -> None:
         raise ConfigError(f"lora_rank is at least 0, not {arguments.lora_rank}; 0 trains all weights")
     if arguments.pairs is not None and arguments.pairs < 1:
         raise ConfigError(f"pairs is at least 1, not {arguments.pairs}; without it, all rows are trained on")
+    if arguments.head:
+        check_head(arguments)
+    else:
+        refuse_head_options(arguments, "head: true")

@@ -69,8 +69,8 @@ def token_level_dpo(
     chosen_kl: Tensor,
     rejected_kl: Tensor,
     beta: float,
-    alpha: float = 0.5,
-    version: Literal[1, 2] = 2,
+    alpha: float,
+    version: Literal[1, 2],
 ) -> Tensor:
     """TDPO: L = −mean log σ( u − δ ) with u = β (Σ log-ratios of the chosen − those of the rejected response).
 

@@ -8,29 +8,22 @@ from typing import Any, Literal
 from trl.trainer.reward_config import RewardConfig
 
 from steersman.training.configuration import ConfigError, RunArguments
+from steersman.training.heads.arguments import HeadArguments, check_head, refuse_head_options
 from steersman.training.options import refuse
 
 Objective = Literal[
-    "partial", "full", "truncated", "vocabulary", "distilled", "prefix_value", "regression", "scaled", "aspects"
+    "partial", "full", "truncated", "vocabulary", "distilled", "prefix_value", "regression", "scaled", "aspects", "head"
 ]
+
+HeadTarget = Literal["pairs", "ratings", "teacher"]
 
 WITHOUT_LABELS = ("distilled", "prefix_value", "regression", "aspects")
 
 
-@dataclass
-class RewardArguments(RunArguments):
-    """What is trained on what. Everything else is TRL's RewardConfig: learning_rate, output_dir, …"""
+@dataclass(kw_only=True)
+class ObjectiveArguments:
+    """What decides which configuration the rest is read into."""
 
-    model: str = field(metadata={"help": "Checkpoint to start from: a causal language model or a reward model."})
-    train_file: str = field(
-        metadata={
-            "help": "Preference pairs: JSON lines, Parquet, a folder, or a Hub dataset (org/name:split). With "
-            "objective=prefix_value rows with prompt, response and reward, or prompts that policy answers."
-        }
-    )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "Preference pairs; accuracy by prefix length is measured on them."}
-    )
     objective: Objective = field(
         default="partial",
         metadata={
@@ -39,14 +32,45 @@ class RewardArguments(RunArguments):
             "distilled: the same outputs, taught by a teacher. prefix_value: every prefix of an answer of the policy "
             "learns the answer's reward. regression: the ratings score_chosen and score_rejected of whole responses. "
             "scaled: full, every pair times its strength. aspects: the scores of segments, with one output for every "
-            "aspect."
+            "aspect. head: one output for every next token, on the hidden states of the base model itself, which is "
+            "frozen; towards head_target."
         },
     )
-    keep: float = field(
-        default=0.5,
+
+
+@dataclass
+class RewardArguments(HeadArguments, ObjectiveArguments, RunArguments):
+    """What is trained on what. Everything else is TRL's RewardConfig: learning_rate, output_dir, …"""
+
+    model: str = field(
         metadata={
-            "help": "With objective=truncated, what is kept of each response from its start: up to 1 a share of its "
-            "tokens, above 1 a number of tokens."
+            "help": "Checkpoint to start from: a causal language model or a reward model. With objective=head the base "
+            "model that will be steered."
+        }
+    )
+    train_file: str = field(
+        metadata={
+            "help": "Preference pairs: JSON lines, Parquet, a folder, or a Hub dataset (org/name:split). With "
+            "objective=prefix_value rows with prompt, response and reward, or prompts that policy answers. With "
+            "head_target=ratings such rows, or pairs with score_chosen and score_rejected."
+        }
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Preference pairs; accuracy by prefix length is measured on them."}
+    )
+    head_target: HeadTarget = field(
+        default="pairs",
+        metadata={
+            "help": "With objective=head. pairs: Bradley-Terry on prefixes of equal length. ratings: every prefix of "
+            "an answer is trained towards the answer's rating. teacher: a reward model's rewards of the base's top_k "
+            "likeliest tokens."
+        },
+    )
+    keep: float | None = field(
+        default=None,
+        metadata={
+            "help": "With objective=truncated or head, what is kept of each response from its start: up to 1 a share "
+            "of its tokens, above 1 a number of tokens. By default .5 with truncated, everything with head."
         },
     )
     label_smoothing: float = field(
@@ -61,7 +85,11 @@ class RewardArguments(RunArguments):
     )
     subset_ratio: float = field(default=1.5, metadata={"help": "Partial sequences a pair, with prefixes=subset."})
     prefixes_per_pair: int = field(
-        default=10, metadata={"help": "Prefixes a pair, with prefixes=causal; 0 trains on all of them."}
+        default=10,
+        metadata={
+            "help": "Prefixes a pair, with prefixes=causal and with objectives vocabulary, distilled and head (there "
+            "of rated answers too); 0 trains on all of them."
+        },
     )
     policy: str | None = field(
         default=None,
@@ -73,11 +101,16 @@ class RewardArguments(RunArguments):
     teacher: str | None = field(
         default=None,
         metadata={
-            "help": "Reward model to learn from. With objective=distilled, a causal one trained on prefixes; with "
-            "prefix_value, any that scores whole answers."
+            "help": "Reward model to learn from. With objective=distilled, a causal one trained on prefixes, and with "
+            "head_target=teacher one with a vocabulary head too; with prefix_value, any that scores whole answers."
         },
     )
-    top_k: int = field(default=10, metadata={"help": "With objective=distilled, the policy's tokens at a prefix."})
+    top_k: int = field(
+        default=10,
+        metadata={
+            "help": "With objective=distilled, the policy's tokens at a prefix; with head_target=teacher, the base's."
+        },
+    )
     weights: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -104,15 +137,21 @@ class RewardArguments(RunArguments):
         default="float32", metadata={"help": "Precision of the weights' file; accuracy is measured on what it keeps."}
     )
 
+    @property
+    def kept(self) -> float:
+        """`keep`, or what it is by default."""
+        return (0.5 if self.objective == "truncated" else 1.0) if self.keep is None else self.keep
+
 
 _OBJECTIVES: dict[str, tuple[Objective, ...]] = {
-    "keep": ("truncated",),
+    "keep": ("truncated", "head"),
+    "head_target": ("head",),
     "prefixes": ("partial",),
     "subset_ratio": ("partial",),
-    "prefixes_per_pair": ("partial", "vocabulary", "distilled"),
+    "prefixes_per_pair": ("partial", "vocabulary", "distilled", "head"),
     "policy": ("distilled", "prefix_value"),
-    "teacher": ("distilled", "prefix_value"),
-    "top_k": ("distilled",),
+    "teacher": ("distilled", "prefix_value", "head"),
+    "top_k": ("distilled", "head"),
     "weights": ("aspects",),
     "aspects_at": ("aspects",),
 }
@@ -130,9 +169,9 @@ def check(arguments: RewardArguments) -> None:
     """Raises ConfigError for a value out of range, or one that the objective has no use for."""
     if arguments.subset_ratio <= 0 or arguments.prefixes_per_pair < 0:
         raise ConfigError("subset_ratio is above 0 and prefixes_per_pair at least 0, which is all")
-    if arguments.keep <= 0 or (arguments.keep > 1 and arguments.keep != int(arguments.keep)):
+    if arguments.kept <= 0 or (arguments.kept > 1 and arguments.kept != int(arguments.kept)):
         raise ConfigError(
-            f"keep is a share above 0 and at most 1, or a whole number of tokens above 1, not {arguments.keep:g}"
+            f"keep is a share above 0 and at most 1, or a whole number of tokens above 1, not {arguments.kept:g}"
         )
     if arguments.top_k < 1:
         raise ConfigError(f"top_k is at least 1, not {arguments.top_k}")
@@ -153,6 +192,25 @@ def check(arguments: RewardArguments) -> None:
     if arguments.label_smoothing and arguments.objective in WITHOUT_LABELS:
         raise ConfigError(f"label_smoothing is of objectives that learn from labels, {arguments.objective} does not")
     _check_objective(arguments)
+    if arguments.objective == "head":
+        _check_head_target(arguments)
+    else:
+        refuse_head_options(arguments, "objective head")
+
+
+def _check_head_target(arguments: RewardArguments) -> None:
+    """Raises ConfigError for an option that the target of a head has no use for, or one that it lacks."""
+    target = arguments.head_target
+    check_head(arguments)
+    if target != "teacher":
+        reason = f"it belongs to head_target teacher, not {target}: leave it out"
+        refuse(arguments, {"teacher": reason, "top_k": reason})
+    elif not arguments.teacher:
+        raise ConfigError("head_target teacher needs teacher, a reward model of the base's tokens")
+    if target != "pairs" and arguments.label_smoothing:
+        raise ConfigError(f"label_smoothing is of head_target pairs, which learns from labels; {target} does not")
+    fixed = "a head's weights are stored in float16 and float32: leave it out"
+    refuse(arguments, {"lora_rank": "the base is frozen: leave it out", "store": fixed})
 
 
 def _check_objective(arguments: RewardArguments) -> None:

@@ -132,7 +132,7 @@ FULL = Recipe(
 )
 TRUNCATED = Recipe(
     seen="the beginnings of responses",
-    describe=lambda arguments: {"loss": "Bradley-Terry on the beginnings of responses", "keep": arguments.keep},
-    make_trainer=train_on(lambda arguments, rows, _seed: whole_rows(truncate(rows, arguments.keep))),
+    describe=lambda arguments: {"loss": "Bradley-Terry on the beginnings of responses", "keep": arguments.kept},
+    make_trainer=train_on(lambda arguments, rows, _seed: whole_rows(truncate(rows, arguments.kept))),
 )
 SUBSET = train_on(lambda arguments, rows, seed: subset_rows(rows, arguments.subset_ratio, seed))

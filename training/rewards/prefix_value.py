@@ -17,7 +17,7 @@ from trl.trainer.utils import pad
 
 from steersman.guidance.auxiliary import Unscorable
 from steersman.guidance.checkpoints import ModelRefused, is_causal
-from steersman.guidance.reward_loading import load_reward_model
+from steersman.guidance.reward_loading import load_scorer
 from steersman.training.configuration import ConfigError, one_line
 from steersman.training.outputs import token_scores
 from steersman.training.rewards.arguments import RewardArguments
@@ -90,7 +90,7 @@ def _read(
         # Other processes find a file that is whole, of which they keep everything.
         policy = load_beside(arguments.policy, AutoModelForCausalLM, tokenizer, dtype="auto").to(config.device)
         try:
-            teacher = load_reward_model("teacher", str(arguments.teacher), tokenizer, device=config.device)
+            teacher = load_scorer("teacher", str(arguments.teacher), tokenizer, device=config.device)
             make_rollouts(path, arguments.train_file, policy, teacher, tokenizer, window=window, batch=batch, seed=seed)
         except (ModelRefused, Unscorable) as error:
             raise one_line(error) from None

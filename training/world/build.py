@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from steersman.guidance.head_files import POLICY, REWARD
 from steersman.processes import process_pool
 from steersman.training import dpo, reward
 from steersman.training.checkpoints import add_facts, save_checkpoint
@@ -35,7 +36,7 @@ from steersman.training.world.language_model import (
     train_language_model,
 )
 from steersman.training.world.pairs import agreement, draw_pairs, read_rows, write_rows
-from steersman.training.world.quality import measure_policy, measure_reward, measure_writing
+from steersman.training.world.quality import measure_head, measure_policy, measure_reward, measure_writing
 from steersman.training.world.tokenizer import train_tokenizer
 
 HERE = Path(__file__).parent
@@ -44,6 +45,9 @@ PAIRS: dict[Split, int] = {"reward": 10_000, "evaluation": 4000, "validation": 8
 PROMPTS: dict[Split, int] = {"tuning": 200, "reporting": 500}
 REWARD_MODELS = ("reward-partial", "reward-full", "reward-evaluation", "reward-vocabulary")
 # The share of each response's tokens that a policy is trained on: those of Shallow Preference Signals.
+HEADS = {"reward-head": REWARD, "dpo-head": POLICY}
+HEAD_PAIRS = 3000
+"""Of the reward head: with more of them it is better known which answer is chosen, and guides no better."""
 POLICIES = {"dpo": 1.0, "dpo-50": 0.5, "dpo-40": 0.4, "dpo-33": 0.33, "dpo-25": 0.25}
 
 
@@ -101,7 +105,8 @@ def _build_models(folders: Folders, seed: int, submit: Callable[..., Future[Any]
     for step in others + pairs:
         step.result()
     policies = [submit(build_policy, folders, name, seed) for name in POLICIES]
-    for model in [submit(build_reward_model, folders, name, seed) for name in REWARD_MODELS] + policies:
+    heads = [submit(build_head, folders, name, seed) for name in HEADS]
+    for model in [submit(build_reward_model, folders, name, seed) for name in REWARD_MODELS] + policies + heads:
         model.result()
 
 
@@ -150,6 +155,23 @@ def build_policy(folders: Folders, name: str, seed: int) -> None:
     _run(f"train dpo: {name}", dpo.main, flags)
 
 
+def build_head(folders: Folders, name: str, seed: int) -> None:
+    """By `steersman train`, from the YAML that users read; paths and seed are given over it."""
+    rows = folders.pairs("reward")
+    if HEADS[name] == REWARD:
+        rows = folders.work / "head_pairs.jsonl"
+        write_rows(read_rows(folders.pairs("reward"))[:HEAD_PAIRS], rows)
+    flags = {
+        "config": CONFIGS / f"{name}.yaml",
+        "model": folders.base,
+        "train_file": rows,
+        "validation_file": folders.pairs("validation"),
+        "output_dir": folders.models / name,
+        "seed": seed,
+    }
+    _run(f"train: {name}", reward.main if HEADS[name] == REWARD else dpo.main, flags)
+
+
 def _run(what: str, main: Callable[[list[str]], int], flags: dict[str, Any]) -> None:
     # What ships is replaced, and no pictures are added to it.
     flags |= {"overwrite_output_dir": True, "figure": False, "disable_tqdm": True}
@@ -179,6 +201,10 @@ def measure(folders: Folders, seed: int) -> dict[str, Any]:
         "pairs": {"test": len(test_pairs), "label_agreement": round(agreement(read_rows(folders.pairs("reward"))), 4)},
         "accuracy": {},
         "policies": {},
+        "heads": {
+            name: measure_head(folders.models / name, role, model, tokenizer, prompts, test_pairs, seed)
+            for name, role in HEADS.items()
+        },
     }
     for name in REWARD_MODELS:
         quality["accuracy"][name] = measure_reward(folders.models / name, tokenizer, test_pairs)

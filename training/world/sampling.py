@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
 from steersman.training.world.progress import track
 
 MAX_NEW_TOKENS = 160
+
+Guide = Callable[[Tensor, Tensor], Tensor]
+"""From hidden states [B, D], as the output layer takes them, and logits [B, V]: the logits to sample from."""
 
 
 @torch.inference_mode()
@@ -21,6 +24,7 @@ def sample(
     seed: int,
     description: str,
     batch: int = 256,
+    guide: Guide | None = None,
 ) -> list[list[int]]:
     """One response a prompt, as token ids: ends with `<eos>` unless cut at MAX_NEW_TOKENS."""
     generator = torch.Generator().manual_seed(seed)
@@ -29,12 +33,14 @@ def sample(
     responses: list[list[int]] = [[] for _ in ids]
     for start in track(range(0, len(order), batch), description):
         rows = order[start : start + batch]
-        for row, response in zip(rows, _sample_batch(model, [ids[i] for i in rows], generator), strict=True):
+        for row, response in zip(rows, _sample_batch(model, [ids[i] for i in rows], generator, guide), strict=True):
             responses[row] = response
     return responses
 
 
-def _sample_batch(model: LlamaForCausalLM, prompts: list[list[int]], generator: torch.Generator) -> list[list[int]]:
+def _sample_batch(
+    model: LlamaForCausalLM, prompts: list[list[int]], generator: torch.Generator, guide: Guide | None
+) -> list[list[int]]:
     """Finished rows leave the batch and the cache, so the last long responses cost little."""
     eos = model.config.eos_token_id
     ids, mask, positions = _left_padded(prompts)
@@ -42,9 +48,12 @@ def _sample_batch(model: LlamaForCausalLM, prompts: list[list[int]], generator: 
     responses: list[list[int]] = [[] for _ in prompts]
     alive = torch.arange(len(prompts))
     for _ in range(MAX_NEW_TOKENS):
-        logits = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-        ).logits[:, -1]
+        hidden = model.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+        ).last_hidden_state[:, -1]
+        logits = model.lm_head(hidden)
+        if guide is not None:
+            logits = guide(hidden, logits)
         tokens = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)  # [B, 1]
         for row, token in zip(alive.tolist(), tokens[:, 0].tolist(), strict=True):
             responses[row].append(token)

@@ -5,13 +5,10 @@ import math
 import pytest
 import torch
 
-from steersman.training.policies.losses import (
-    WEIGHTS,
-    Segments,
-    sequential_kl,
-    token_level_dpo,
-    two_dimensional_dpo,
-)
+from steersman.training.policies.losses import Segments, sequential_kl, token_level_dpo, two_dimensional_dpo
+
+WEIGHTS = (0.3, 0.4, 0.1, 0.1, 0.1)
+"""2D-DPO's, of helpfulness, correctness, safety, completeness and clarity."""
 
 Side = tuple[list[float], list[list[float]]]
 """Of one response: its segments' summed log-ratios, and their scores of every aspect."""
@@ -75,6 +72,13 @@ def test_two_dimensional_equals_the_formula_for_any_number_of_segments(
         assert loss_of(pairs, 0.2, weights).item() == pytest.approx(expected, rel=1e-10)
 
 
+def test_the_weights_are_the_papers_unless_others_are_given(generator: torch.Generator) -> None:
+    pairs = [(random_side(generator, 3), random_side(generator, 3))]
+    chosen, rejected = (stack(list(side)) for side in zip(*pairs, strict=True))
+    found = two_dimensional_dpo(chosen, rejected, 0.2)
+    assert found.item() == pytest.approx(reference_two_dimensional(pairs, 0.2, WEIGHTS), rel=1e-10)
+
+
 def test_two_dimensional_on_paper() -> None:
     """Chosen: three segments of helpfulness 4, 0 and 4, all else 0; rejected: two, of 2 and 0. With weights on
     helpfulness alone r = 2, 1, 2 and 1.5, 1. N = 2. Best of the chosen: the first and the third, a tie that the
@@ -134,11 +138,11 @@ def test_token_level_equals_the_formula(generator: torch.Generator, version: int
 
 def test_version_two_lets_no_gradient_through_the_chosen_kl(generator: torch.Generator) -> None:
     values = torch.randn(4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-    token_level_dpo(*values, beta=0.2, version=2).backward()
+    token_level_dpo(*values, beta=0.2, alpha=0.5, version=2).backward()
     assert values.grad is not None
     assert torch.all(values.grad[2] == 0)
     assert torch.all(values.grad[[0, 1, 3]] != 0)
-    assert torch.autograd.gradcheck(lambda v: token_level_dpo(*v, beta=0.2, version=1), values)
+    assert torch.autograd.gradcheck(lambda v: token_level_dpo(*v, beta=0.2, alpha=0.5, version=1), values)
 
 
 def test_sequential_kl_equals_the_formula(generator: torch.Generator) -> None:

@@ -1,5 +1,6 @@
 """TDPO's trainers against the papers' formulas."""
 
+import copy
 import math
 import random
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 
 from steersman.training.policies.arguments import MethodName
 from tests.support.policies import (
@@ -57,6 +60,40 @@ def test_what_is_logged(folder: Path, rng: random.Random) -> None:
     assert {name: logged[name] for name in expected} == {
         name: [pytest.approx(math.fsum(values) / len(rows), rel=1e-3, abs=1e-5)] for name, values in expected.items()
     }
+
+
+def test_what_is_measured_without_training_is_logged_apart(folder: Path, rng: random.Random) -> None:
+    trainer: Any = make_trainer(folder, "tdpo1", draw_rows(rng, 2))
+    (batch,) = trainer.get_train_dataloader()
+    loss, outputs = trainer.compute_loss(trainer.model.eval(), dict(batch), return_outputs=True)
+    assert outputs.logits.shape[:2] == batch["input_ids"].shape
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-5), "nothing is trained yet"
+    assert set(trainer._metrics["eval"]) >= {"rewards/margins", "sequential_kl/chosen"}
+    assert trainer._metrics["eval"]["rewards/accuracies"] == [0.0], "equal rewards order no pair rightly"
+    assert not trainer._metrics["train"]
+
+
+def test_the_reference_of_an_adapter_is_the_model_under_it(folder: Path, rng: random.Random) -> None:
+    rows = draw_rows(rng, 4)
+    trainer = make_trainer(folder, "tdpo1", rows, lora=LoraConfig(r=4, target_modules="all-linear"))
+    (batch,) = trainer.get_train_dataloader()
+    assert compute_loss(trainer, batch) == pytest.approx(math.log(2), abs=1e-5)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora" in name:
+                parameter += 0.05 * torch.randn_like(parameter)
+    found = compute_loss(trainer, batch)
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float64") for _ in range(2))
+    policy.load_state_dict(copy.deepcopy(trainer.model).merge_and_unload().state_dict())
+    expected = 0.0
+    for row in rows:
+        (ratio_w, kl_w), (ratio_l, kl_l) = (
+            (sum(log_ratios(policy, reference, row.prompt, y)), kl(policy, reference, row.prompt, y))
+            for y in (row.chosen, row.rejected)
+        )
+        expected -= log_sigmoid(0.3 * (ratio_w - ratio_l - (kl_l - kl_w))) / len(rows)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert abs(found - math.log(2)) > 1e-3
 
 
 SIDES = ("chosen", "rejected")

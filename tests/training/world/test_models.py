@@ -13,10 +13,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from steersman.training.world.build import HERE, POLICIES, PROMPTS, REWARD_MODELS
+from steersman.guidance.head_files import HEAD_FILE, REWARD, base_facts, read_head
+from steersman.training.world.build import HEADS, HERE, POLICIES, PROMPTS, REWARD_MODELS
 from steersman.training.world.grammar import draw_prompts, in_split
 from steersman.training.world.pairs import agreement, by_gold, read_rows
-from steersman.training.world.quality import measure_implicit_reward, measure_reward, measure_writing
+from steersman.training.world.quality import measure_head, measure_implicit_reward, measure_reward, measure_writing
 
 MODELS = HERE / "models"
 ALL = ("base", *REWARD_MODELS, *POLICIES)
@@ -37,7 +38,7 @@ def five_errors(share: float, count: int) -> float:
 
 
 def test_all_models_together_are_small() -> None:
-    assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) < 20_000_000
+    assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) < 22_000_000
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -79,6 +80,21 @@ def test_policies_say_what_they_are_and_share_the_base_s_tokenizer(name: str) ->
     assert texts[0] == texts[1]
     card = (MODELS / name / "README.md").read_text(encoding="utf-8")
     assert f"steersman serve MODEL --policy {name}=PATH_OF_THIS_FOLDER" in card
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_are_of_the_base_and_say_what_they_are(name: str) -> None:
+    checkpoint = read_head(name, MODELS / name, HEADS[name])
+    base = AutoModelForCausalLM.from_pretrained(MODELS / "base", dtype="float32").eval()
+    assert checkpoint.base == base_facts(base.config, 1024)
+    assert {"loss", "pairs", "learning_rate", "epochs", "best_epoch", "seed", "accuracy"} <= checkpoint.facts.keys()
+    assert (MODELS / name / HEAD_FILE).stat().st_size < 800_000
+    with torch.no_grad():
+        hidden = [base.model(torch.tensor([text])).last_hidden_state[0, -1] for text in checkpoint.probe.texts]
+    torch.testing.assert_close(checkpoint.probe.hidden, torch.stack(hidden), atol=1e-3, rtol=1e-3)
+    option = "--reward-model" if HEADS[name] == REWARD else "--policy"
+    card = (MODELS / name / "README.md").read_text(encoding="utf-8")
+    assert f"steersman serve base {option} {name}=PATH_OF_THIS_FOLDER" in card
 
 
 def test_policies_differ_only_in_the_share_that_they_were_trained_on() -> None:
@@ -156,6 +172,22 @@ def test_a_policy_writes_as_well_as_measured_and_better_than_the_base(name: str,
     error = promised["gold_deviation"] / math.sqrt(FEW_SAMPLES)
     assert abs(measured["gold_mean"] - promised["gold_mean"]) < 5 * error
     assert measured["gold_mean"] > base["gold_mean"] + 5 * error
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_guides_as_well_as_measured_and_is_as_accurate(
+    name: str, quality: dict[str, Any], test_pairs: list[dict[str, Any]]
+) -> None:
+    promised, base = quality["heads"][name], quality["base"]
+    model = AutoModelForCausalLM.from_pretrained(MODELS / "base", dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "base")
+    prompts = draw_prompts("test", FEW_SAMPLES, seed=7)
+    measured = measure_head(MODELS / name, HEADS[name], model, tokenizer, prompts, test_pairs, seed=7)
+    error = promised["gold_deviation"] / math.sqrt(FEW_SAMPLES)
+    assert abs(measured["gold_mean"] - promised["gold_mean"]) < 5 * error
+    assert measured["gold_mean"] > base["gold_mean"] + 5 * error
+    assert measured["accuracy"] == pytest.approx(promised["accuracy"], abs=0.01)
+    assert measured["accuracy"]["0.5"] > 0.65
 
 
 @pytest.mark.parametrize("name", ["dpo", "dpo-25"])
