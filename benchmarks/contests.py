@@ -46,6 +46,7 @@ def all_contests(
             for k in (10, 64):
                 yield _topk(device, rows, vocabulary, k, dtype)
         yield _rerank(device, rows, vocabulary)
+        yield _gather(device, rows, vocabulary)
         for samples in (0, 1000):
             yield _blend(device, rows, vocabulary, samples)
         yield _attention(device, rows, context)
@@ -96,6 +97,31 @@ def _rerank(device: torch.device, rows: int, vocabulary: int, k: int = 10) -> Co
         make_inputs,
         {OURS: ours, EAGER: rivals.rerank, COMPILED: _compiled(rivals.rerank)},
         lambda logits, *rest: rivals.rerank(logits.double(), *rest),
+    )
+
+
+def _gather(device: torch.device, rows: int, vocabulary: int, k: int = 10, rank: int = 1024) -> Contest:
+    from steersman.kernels.gather import gather_outputs
+
+    dtype = torch.bfloat16
+
+    def make_inputs() -> Inputs:
+        weight = torch.randn(vocabulary, rank, device=device).to(dtype)
+        tokens = torch.randint(vocabulary, (rows, k), device=device, dtype=torch.int32)
+        return torch.randn(rows, rank, device=device), weight, tokens
+
+    return Contest(
+        f"gather_outputs, k = {k}, R = {rank}, {_short(dtype)}",
+        f"({rows}, {vocabulary})",
+        rows,
+        rows * (k * (rank * dtype.itemsize + 8) + 4 * rank),
+        make_inputs,
+        {
+            OURS: lambda features, weight, tokens: (gather_outputs(features, weight, None, tokens),),
+            EAGER: rivals.gather,
+            COMPILED: _compiled(rivals.gather),
+        },
+        lambda features, weight, tokens: rivals.gather(features.double(), weight.double(), tokens),
     )
 
 

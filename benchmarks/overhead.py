@@ -18,10 +18,23 @@ from steersman.benchmarks.closed_loop import Load, Measurement, run_load
 from steersman.benchmarks.common.demo import demo_server, read_prompts
 from steersman.benchmarks.common.results import RESULTS, write_json
 from steersman.benchmarks.naive import measure_naive
+from steersman.demo import MODELS, REWARD_MODELS
 
 GUIDANCE: dict[str, Any] = {"method": "pargs", "reward_model": "helpful", "beta": 1.5, "top_k": 10}
+HEADS = tuple(f"head-{n}" for n in range(1, 9))
+"""Names under which the demo's head is loaded beside itself: each computes for itself."""
 METHODS: dict[str, dict[str, Any]] = {
     "pargs": GUIDANCE,
+    "pargs, head": {**GUIDANCE, "reward_model": "instant", "beta": 3.0},
+    "pargs, eight heads": {
+        **{"method": "pargs", "beta": 3.0, "top_k": 10},
+        "rewards": [{"model": name, "weight": 1 / 8} for name in HEADS],
+    },
+    "pargs, head over a policy head": {
+        **{**GUIDANCE, "reward_model": "instant", "beta": 3.0},
+        "policies": {"base": 0.5, "dpo-head": 0.5},
+    },
+    "mixed, policy head": {"method": "mixed", "policy": "dpo-head", "mix": 0.5},
     "pargs, vocabulary head": {**GUIDANCE, "reward_model": "swift"},
     "pargs, first 16 tokens": {**GUIDANCE, "gate": {"first_tokens": 16}},
     "mixed": {"method": "mixed", "policy": "dpo", "mix": 0.7},
@@ -42,21 +55,30 @@ _TOKENS = 128
 def main(argv: Sequence[str]) -> int:
     """Measures, prints tables, and writes JSON and a plot."""
     parser = argparse.ArgumentParser(prog="steersman bench", description=__doc__)
-    parser.add_argument("--url", help="Address of a running demo server; without it one is started.")
+    named = f"with its head under the names {HEADS[0]} to {HEADS[-1]} too"
+    parser.add_argument("--url", help=f"Address of a running demo server, {named}; without it one is started.")
     parser.add_argument("--rounds", type=int, default=5, help="Rounds of plain and guided traffic in turn.")
     parser.add_argument("--out", type=Path, default=RESULTS / "overhead-cpu.json")
     args = parser.parse_args(list(argv))
     torch.set_num_threads(1)
     console = Console()
     prompts = read_prompts("reporting")
-    with demo_server(args.url) as url:
+    copies = [flag for name in HEADS for flag in ("--reward-model", f"{name}={MODELS / REWARD_MODELS['instant']}")]
+    with demo_server(args.url, flags=copies) as url:
         asyncio.run(run_load(url, prompts, GUIDANCE, Load(8, requests=8, max_tokens=32)))
         levels = [measure_level(url, prompts, c, args.rounds, console) for c in CONCURRENCY]
+        neighbours = [measure_neighbours(url, prompts, c, args.rounds, console) for c in CONCURRENCY[1:]]
         work = [measure_work(url, prompts, length) for length in LENGTHS]
     naive = measure_naive(prompts[:2], GUIDANCE, _TOKENS)
     for level in levels:
         level["over_naive"] = level["guided"]["tokens_per_second"] / naive
-    result = {"levels": levels, "work": work, "naive_tokens_per_second": naive, "guidance": GUIDANCE}
+    result = {
+        "levels": levels,
+        "neighbours": neighbours,
+        "work": work,
+        "naive_tokens_per_second": naive,
+        "guidance": GUIDANCE,
+    }
     write_json(args.out, result)
     print_tables(result, console)
     plot(result, args.out.with_suffix(".png"))
@@ -95,6 +117,21 @@ def measure_level(url: str, prompts: list[str], concurrency: int, rounds: int, c
         "stages_ms": _stages(summary, stages, concurrency),
     }
     return summary
+
+
+def measure_neighbours(url: str, prompts: list[str], concurrency: int, rounds: int, console: Console) -> dict[str, Any]:
+    """Plain requests, half of the load, beside as many plain ones and beside as many that a head guides, in turn."""
+    half = Load(concurrency // 2, requests=concurrency, max_tokens=_TOKENS)
+
+    async def run(guidance: dict[str, Any] | None) -> float:
+        plain, _ = await asyncio.gather(run_load(url, prompts, None, half), run_load(url, prompts, guidance, half))
+        return plain.tokens_per_second
+
+    ratios = []
+    for _ in track(range(2 * rounds), f"neighbours, concurrency {concurrency}", console=console):
+        beside_plain = asyncio.run(run(None))
+        ratios.append(asyncio.run(run(METHODS["pargs, head"])) / beside_plain)
+    return {"concurrency": concurrency, "ratio": statistics.median(ratios), "ratios": ratios}
 
 
 def _compare(runs: list[Measurement], plain: list[Measurement]) -> dict[str, Any]:
@@ -144,6 +181,10 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
     for name in METHODS:
         methods.add_row(name, *(f"{level['methods'][name]['ratio']:.2f}" for level in result["levels"]))
     console.print(methods)
+    beside = Table("concurrency", "of plain throughput beside plain requests", title="plain requests beside a head's")
+    for row in result["neighbours"]:
+        beside.add_row(str(row["concurrency"]), f"{row['ratio']:.2f}")
+    console.print(beside)
     stages = Table("concurrency", *(name for name in result["levels"][0]["stages_ms"]), title="ms of a guided step")
     for level in result["levels"]:
         stages.add_row(str(level["concurrency"]), *(f"{value:.2f}" for value in level["stages_ms"].values()))

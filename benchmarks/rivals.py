@@ -58,6 +58,12 @@ def rerank(
     return scores, logits
 
 
+def gather(features: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor) -> Tensors:
+    """As `kernels.gather.gather_outputs` without a bias: outputs [B, k]."""
+    rows = F.embedding(tokens.long(), weight).to(features.dtype)
+    return (torch.bmm(rows, features.unsqueeze(-1)).squeeze(-1),)
+
+
 def blend(base: torch.Tensor, policy: torch.Tensor, asked: BlendRows, samples: int) -> Tensors:
     """As `kernels.blend.policy_blend` over all rows in order: returns the exact KL [B] and `base`, written. With
     samples the gate is decided by so many draws of the policy."""

@@ -49,8 +49,8 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether its model is there."""
-        return (self.folder / "model.safetensors").is_file()
+        """Whether its model is there, or its head."""
+        return any(self.folder.glob("*.safetensors"))
 
     def __call__(self) -> None:
         with logged(self.log):

@@ -39,6 +39,8 @@ class BaseStep:
         """[B] int64: what the next step feeds."""
         self.logits = torch.empty(0, vocabulary, device=device)
         """[B, V] float32: what the last step computed."""
+        self.hidden = torch.empty(0, shape.hidden, dtype=dtype, device=device)
+        """[B, D]: what it computed them from."""
 
     def prepare(self, sequences: int) -> None:
         """Makes caches, and a graph where there is a GPU, for so many sequences."""
@@ -49,11 +51,12 @@ class BaseStep:
         self._caches = [(self._draw(*size), self._draw(*size)) for _ in range(shape.layers)]
         self.tokens = self.tokens.new_zeros(sequences)
         self.logits = self.logits.new_empty(sequences, self.logits.shape[1])
+        self.hidden = self.hidden.new_empty(sequences, self.hidden.shape[1])
         if self._capture is not None:
             self._captured = self._capture(self._forward)
 
     def step(self) -> None:
-        """Feeds `tokens` and leaves `logits`."""
+        """Feeds `tokens` and leaves `hidden` and `logits`."""
         if self._captured is None:
             self._forward()
         else:
@@ -65,7 +68,8 @@ class BaseStep:
             hidden = hidden + F.linear(self._attend(layer, self._normalise(hidden), caches), layer.out)
             gate, up = F.linear(self._normalise(hidden), layer.gate_up).chunk(2, dim=-1)
             hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
-        return self.logits.copy_(F.linear(self._normalise(hidden), self._head))
+        self.hidden.copy_(self._normalise(hidden))
+        return self.logits.copy_(F.linear(self.hidden, self._head))
 
     def _attend(self, layer: _Layer, hidden: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         sequences, shape = len(hidden), self._shape

@@ -125,7 +125,7 @@ class Decoding:
         logits = self.base.logits
         if answers is not None:
             with _watching(watched):
-                self._runtime.step(logits, answers.rows(), self.base.tokens)
+                self._runtime.step(logits, answers.rows(), self.base.tokens, hidden=self.base.hidden)
         marks.append(time.perf_counter())
         # Gumbel-max, which draws from the softmax without a wait.
         self.base.tokens.copy_((logits - torch.empty_like(logits).exponential_().log_()).argmax(dim=-1))

@@ -12,6 +12,7 @@ from steersman.kernels.arguments import BlendRows, RewardTerms
 from steersman.kernels.attention import candidate_attention
 from steersman.kernels.blend import make_workspace as make_blend_workspace
 from steersman.kernels.blend import policy_blend
+from steersman.kernels.gather import gather_outputs
 from steersman.kernels.rerank import reward_rerank
 from steersman.kernels.topk import make_workspace, topk_logprobs
 
@@ -54,6 +55,8 @@ def all_cases(device: torch.device) -> Iterator[Case]:
         yield topk_case(device, rows, vocabulary, k, dtype)
     yield rerank_case(device, 8, 128_256, 10, terms=1)
     yield rerank_case(device, 64, 128_256, 40, terms=3)
+    yield gather_case(device, 64, 128_256, 10, 128, FP32)
+    yield gather_case(device, 32, 128_256, 64, 1024, BF16)
     for rows, vocabulary, dtype in ((8, 50_257, FP32), (64, 128_256, FP32), (8, 128_256, BF16)):
         yield blend_case(device, rows, vocabulary, dtype)
     yield sampled_case(device, 8, 128_256, 1000)
@@ -69,6 +72,7 @@ def sanitized_cases(device: torch.device) -> Iterator[Case]:
     """Every kernel and both ways through attention at sizes that compute-sanitizer gets through in seconds."""
     yield topk_case(device, 3, 4099, 17, FP32)
     yield rerank_case(device, 3, 4099, 10, terms=2)
+    yield gather_case(device, 3, 4099, 17, 129, FP32)
     yield blend_case(device, 3, 4099, FP32)
     yield sampled_case(device, 2, 4099, 100)
     yield attention_case(device, Attended(2, 14, 2, 64, 10, 1, 600, BF16, window=64))
@@ -79,6 +83,7 @@ def tiny_cases(device: torch.device) -> Iterator[Case]:
     """What Triton's interpreter gets through; it cannot multiply matrices in bfloat16."""
     yield topk_case(device, 2, 300, 5, FP32)
     yield rerank_case(device, 2, 300, 5, terms=2)
+    yield gather_case(device, 2, 300, 5, 40, BF16)
     yield blend_case(device, 2, 300, BF16)
     yield sampled_case(device, 1, 300, 50)
     yield attention_case(device, Attended(2, 4, 2, 16, 3, 1, 40, FP16))
@@ -124,6 +129,22 @@ def rerank_case(device: torch.device, rows: int, vocabulary: int, k: int, terms:
         return reference.reward_rerank(whole, places, ids, logprobs.double(), exact, r.double()), whole
 
     return Case(f"reward_rerank ({rows}, {vocabulary}), k = {k}, {terms} rewards", make, run, truth)
+
+
+def gather_case(device: torch.device, rows: int, vocabulary: int, k: int, rank: int, dtype: torch.dtype) -> Case:
+    """Outputs of a linear layer with a bias for k tokens of each row."""
+
+    def make() -> tuple[Any, ...]:
+        weight = torch.randn(vocabulary, rank, device=device).to(dtype)
+        tokens = torch.randint(vocabulary, (rows, k), device=device, dtype=torch.int32)
+        return torch.randn(rows, rank, device=device), weight, weight[:, 0].contiguous(), tokens
+
+    def truth(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, tokens: torch.Tensor) -> Tensors:
+        chosen = weight[tokens.long()].double()
+        return ((chosen @ features.double().unsqueeze(-1)).squeeze(-1) + bias[tokens.long()].double(),)
+
+    name = f"gather_outputs ({rows}, {vocabulary}), k = {k}, R = {rank}, {_short(dtype)}"
+    return Case(name, make, lambda *inputs: (gather_outputs(*inputs),), truth)
 
 
 def blend_case(device: torch.device, rows: int, vocabulary: int, dtype: torch.dtype) -> Case:

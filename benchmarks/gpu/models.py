@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,14 @@ from steersman.benchmarks.gpu.decoding import Decoding, Method, synchronise
 from steersman.benchmarks.gpu.findings import Findings, describe_error
 from steersman.benchmarks.shapes import SHAPES
 from steersman.guidance.cached import make_ready
+from steersman.guidance.head_files import POLICY, REWARD, BaseFacts, HeadCheckpoint, Probe
+from steersman.guidance.head_models import HeadModel, HeadPolicy, HeadReward
+from steersman.guidance.heads import Head, HeadShape
 from steersman.guidance.overlap import make_side_stream
 from steersman.guidance.policies import Policy
 from steersman.guidance.rewards import CausalReward, VocabularyReward
 from steersman.guidance.runtime import GuidanceRuntime
+from steersman.guidance.tokenizers import POLICY_KINDS
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,9 @@ METHODS = {
     "vocabulary head": Method("vocabulary", _pargs("vocabulary")),
     "vocabulary head, one stream": Method("vocabulary", _pargs("vocabulary"), beside=False),
     "vocabulary head, every token": Method("vocabulary", {**_pargs("vocabulary"), "top_k": None}),
+    "head": Method("head", _pargs("head")),
+    "head, every token": Method("head", {**_pargs("head"), "top_k": None}),
+    "mixed with a head": Method("policy head", {"method": "mixed", "policy": "policy head", "mix": 0.5}),
     "mixed": Method("policy", {"method": "mixed", "policy": "policy", "mix": 0.5}),
 }
 
@@ -72,6 +80,9 @@ def load_decoding(sizes: Sizes, device: torch.device, findings: Findings) -> Dec
         "candidates": lambda: CausalReward(draw(sizes.auxiliary, num_labels=1), "candidates", cache, rows),
         "vocabulary": lambda: VocabularyReward(draw(sizes.auxiliary), "vocabulary", cache, rows),
     }
+    facts = BaseFacts("random", shape.hidden, shape.layers, vocabulary)
+    for name, role in (("head", REWARD), ("policy head", POLICY)):
+        makers[name] = partial(_draw_head, name, role, facts, device)
     if sizes.policy is not None:
         policy_shape = sizes.policy
         makers["policy"] = lambda: Policy(draw(policy_shape), "policy", cache, rows)
@@ -86,12 +97,21 @@ def load_decoding(sizes: Sizes, device: torch.device, findings: Findings) -> Dec
             findings.add("raised", model=name, error=describe_error(error))
             continue
         models[name] = model
-        facts = models[name].describe()
         findings.add(
-            "loaded", model=name, seconds=round(time.perf_counter() - began, 1), weight_bytes=facts["weight_bytes"],
-            graphs=models[name].model.sizes,
+            "loaded", model=name, seconds=round(time.perf_counter() - began, 1),
+            weight_bytes=model.describe()["weight_bytes"],
+            graphs=[] if isinstance(model, HeadModel) else model.model.sizes,
         )  # fmt: skip
-    rewards = {name: model for name, model in models.items() if name != "policy"}
-    policies = {"policy": models["policy"]} if "policy" in models else {}
+    policies = {name: model for name, model in models.items() if model.kind in POLICY_KINDS}
+    rewards = {name: model for name, model in models.items() if name not in policies}
     runtime = GuidanceRuntime(rewards, 1, policies, make_side_stream(device))
     return Decoding(base, runtime, models, METHODS, sizes.context, device)
+
+
+def _draw_head(name: str, role: str, base: BaseFacts, device: torch.device) -> HeadModel:
+    """A head of random weights: a middle of 256, f(h) of 128."""
+    with torch.device("cpu"):
+        head = Head(HeadShape(base.hidden_size, 256, 128, base.vocabulary))
+        probe = Probe([[1]], torch.zeros(1, base.hidden_size))
+    family = HeadReward if role == REWARD else HeadPolicy
+    return family(HeadCheckpoint(head, role, base, probe, {}), name, device)
