@@ -37,7 +37,7 @@ class _Ahead:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """The terms of one reward model."""
+    """The reward terms that one model scores, in all rows that have one."""
 
     model: str
     end_token: bool
@@ -55,7 +55,7 @@ class Scoring:
     """Which model scores which rows' terms; the same in every step over the same formulas."""
 
     terms: int
-    """Of the row that has most."""
+    """Number of reward terms of the row that has most."""
     parts: list[_Part]
 
 
@@ -83,7 +83,7 @@ class Auxiliaries:
         self._work = work
         self._ahead: dict[str, _Ahead] = {}
         self.changes = 0
-        """How often a model has come or gone."""
+        """Number of models added and removed so far: what was laid out for other models no longer holds."""
         for reward_model in reward_models.values():
             self._add_reward_model(reward_model)
         for policy in policies.values():

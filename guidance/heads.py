@@ -29,7 +29,7 @@ class HeadShape:
 
 
 class Head(nn.Module):
-    """U[v] · f(h) + c[v]."""
+    """A head as a trainable module: U[v] · f(h) + c[v]."""
 
     def __init__(self, shape: HeadShape) -> None:
         super().__init__()
@@ -38,9 +38,9 @@ class Head(nn.Module):
         self.outer = nn.Linear(shape.width, shape.rank)
         """W₂ [R, W] and b₂ [R]."""
         self.tokens = nn.Parameter(torch.empty(shape.vocabulary, shape.rank).normal_(std=shape.rank**-0.5))
-        """U [V, R]."""
+        """U [V, R], one row for each token."""
         self.bias = nn.Parameter(torch.zeros(shape.vocabulary))
-        """c [V]."""
+        """c [V], one constant for each token."""
 
     @property
     def vocabulary(self) -> int:
@@ -99,16 +99,16 @@ class FrozenHead:
         compile_gather(self._tokens, self._bias)
 
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
-        """As Head.features, of [G, D]."""
+        """f(h) [G, R] float32 of hidden states [G, D], as Head.features."""
         middle = torch.addmm(self._inner_bias, hidden.float(), self._inner)
         return torch.addmm(self._outer_bias, F.silu(middle, inplace=True), self._outer)
 
     def every(self, features: torch.Tensor) -> torch.Tensor:
-        """As Head.every."""
+        """Outputs [G, V] float32 for every token, as Head.every."""
         return F.linear(features, self._tokens, self._bias)
 
     def at(self, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """As Head.at."""
+        """Outputs [G, k] float32 for the tokens [G, k], as Head.at."""
         return gather_outputs(features, self._tokens, self._bias, tokens)
 
 

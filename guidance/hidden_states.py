@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 _KEPT = 256
-"""Texts whose hidden states nobody has come for yet; the oldest are forgotten beyond it."""
+"""Texts whose hidden states have not been collected yet; beyond it the oldest are dropped."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Span:
 class _Kept:
     span: Span
     states: dict[int, torch.Tensor] = field(default_factory=dict)
-    """[D] by position."""
+    """Hidden state [D] of each position that has been computed."""
 
 
 class HiddenStateStore:
-    """Hidden states by text."""
+    """Hidden states of texts, from the start of their prefill until they are collected."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()

@@ -197,7 +197,7 @@ def summarise(
     used = [] if error is not None else list(positions[: len(response)])
     outcomes = _candidate_outcomes(plan, used, response) + _vocabulary_outcomes(used)
     sources = _name_sources(outcomes, len(response))
-    kl, truncation = sum(outcomes.kl), sum(outcomes.truncation)
+    kl, truncation = sum(outcomes.kl, 0.0), sum(outcomes.truncation, 0.0)
     return Report(
         method=plan.method,
         tokens=len(response),
@@ -376,7 +376,7 @@ def _stack_rows(steps: Sequence[tuple[CandidateStep, int]]) -> tuple[np.ndarray,
 
 
 def _copy_to_host(rows: Sequence[torch.Tensor]) -> list[np.ndarray]:
-    """In one copy."""
+    """Rows of any widths, [width] each, copied to the host together."""
     return list(np.split(torch.cat(list(rows)).cpu().numpy(), np.cumsum([row.shape[0] for row in rows])[:-1]))
 
 

@@ -56,7 +56,7 @@ class GuidanceRuntime:
         self._candidates = CandidateSteering(self.models, self.work)
         self._requests: OrderedDict[Hashable, GuidedRequest] = OrderedDict()
         self.hidden_states = HiddenStateStore()
-        """Of texts that heads score."""
+        """The base's, of texts that heads score or are proven with."""
 
     def turn(self) -> AbstractContextManager[None]:
         """Entered around whatever runs a model; a server watches it."""
@@ -171,11 +171,12 @@ class GuidanceRuntime:
     def score_hidden(self, name: str, key: Hashable, tokens: Sequence[int]) -> list[float]:
         """A reward head's outputs for `tokens`, each behind the position of the text `key` whose hidden state was kept
         for it; raises as HiddenStateStore.take does."""
-        hidden = self.hidden_states.take(key)
-        head = self.models.heads[name].head
-        features = head.features(hidden.to(head.device))
-        values: list[float] = head.at(features, to_device(tokens, features.device).unsqueeze(-1)).squeeze(-1).tolist()
-        return values
+        with self.turn():
+            hidden = self.hidden_states.take(key)
+            head = self.models.heads[name].head
+            features = head.features(hidden.to(head.device))
+            outputs = head.at(features, to_device(tokens, features.device).unsqueeze(-1))
+            return outputs.squeeze(-1).tolist()
 
     def step(
         self,

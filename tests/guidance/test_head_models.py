@@ -26,6 +26,7 @@ from tests.support.heads import random_checkpoint, random_head
 from tests.support.oracle import plan_of
 from tests.support.tiny import VOCABULARY
 
+MODELS = Path(__file__).parents[2] / "training" / "world" / "models"
 SERVED = ServedBase(hidden_size=64, layers=2, vocabulary=VOCABULARY, window=256)
 
 
@@ -80,6 +81,21 @@ def test_rounded_weights_drift_the_more_the_fewer_bits_they_have(base: PreTraine
         drifts.append(prove_on(model, atop).share)
     assert 1e-4 < drifts[0] < drifts[1] < drifts[2]
     assert drifts[0] < NOTICEABLE
+
+
+@pytest.mark.parametrize(("name", "family"), [("reward-head", HeadReward), ("dpo-head", HeadPolicy)])
+def test_a_trained_head_tells_a_quantised_copy_of_its_base_from_a_fine_tuned_one(
+    name: str, family: type[HeadReward] | type[HeadPolicy]
+) -> None:
+    checkpoint = read_head(name, MODELS / name, REWARD if family is HeadReward else POLICY)
+    head = family(checkpoint, name, "cpu")
+    base = AutoModelForCausalLM.from_pretrained(MODELS / "base", dtype=torch.float32).eval()
+    assert prove_on(base, head).share < 1e-3
+    round_weights(base, 4)
+    head.proven_on = lambda: None
+    assert 0.01 < prove_on(base, head).share < LARGEST_DRIFT
+    with pytest.raises(ModelRefused, match="of another model, or of other weights"):
+        prove_on(AutoModelForCausalLM.from_pretrained(MODELS / "dpo", dtype=torch.float32).eval(), head)
 
 
 def test_a_drift_that_can_be_noticed_is_told_and_served(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal, Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steersman.guidance.heads import Head, HeadShape, fold_standardisation
+from steersman.training.heads.frozen_base import FrozenBase
 
 STORED = torch.float16
 """Precision of U in the file of a head: most of its numbers, whose rounding moves outputs by less than a thousandth of
@@ -97,6 +100,24 @@ class TrainedHead(nn.Module):
         if self.embedding is None:
             return self.tokens, self.bias
         return self.embedding @ self.tokens, self.embedding @ self.bias
+
+
+class HeadSizes(Protocol):
+    """The options of a head's network, whichever command they are given to."""
+
+    head_width: int
+    head_rank: int
+    head_dropout: float
+    head_tokens: Literal["free", "embedding"]
+
+
+def build_network(
+    arguments: HeadSizes, base: FrozenBase, moments: tuple[Tensor, Tensor], *, value: bool
+) -> TrainedHead:
+    """An untrained network of the sizes in `arguments`; moments and value as for TrainedHead."""
+    shape = HeadShape(base.facts.hidden_size, arguments.head_width, arguments.head_rank, base.facts.vocabulary)
+    embedding = base.output_rows if arguments.head_tokens == "embedding" else None
+    return TrainedHead(shape, moments, dropout=arguments.head_dropout, embedding=embedding, value=value)
 
 
 def _normalise(embedding: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
 from steersman.guidance.head_files import POLICY, HeadCheckpoint
-from steersman.guidance.heads import Head, HeadShape
+from steersman.guidance.heads import Head
 from steersman.training.accuracy import accuracy_of
 from steersman.training.configuration import ConfigError, log_data, prepare_tokenizer
 from steersman.training.data.preferences import TokenizedPreference, load_preferences
@@ -24,7 +24,7 @@ from steersman.training.heads.arguments import (
 from steersman.training.heads.examples import read_pair, tokens_of, whole_pair
 from steersman.training.heads.features import Features, Reading, compute_features, feature_folder
 from steersman.training.heads.frozen_base import READ_TOKENS, FrozenBase, check_tokens
-from steersman.training.heads.network import TrainedHead
+from steersman.training.heads.network import build_network
 from steersman.training.heads.policy_losses import PolicyLoss, PolicyLossSettings
 from steersman.training.heads.saving import make_probe, write_head
 from steersman.training.heads.trainer import HeadTrainer
@@ -140,9 +140,7 @@ def _fit(
     data: tuple[list[Reading], Features],
     held_out: tuple[list[Reading], Features | None],
 ) -> tuple[Head, dict[str, Any]]:
-    shape = HeadShape(base.facts.hidden_size, arguments.head_width, arguments.head_rank, base.facts.vocabulary)
-    embedding = base.output_rows if arguments.head_tokens == "embedding" else None
-    network = TrainedHead(shape, data[1].moments(), dropout=arguments.head_dropout, embedding=embedding)
+    network = build_network(arguments, base, data[1].moments(), value=False)
     examples, others = (
         [whole_pair(features, readings, n) for n in range(len(readings) // 2)] if features is not None else []
         for readings, features in (data, held_out)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
 from steersman.guidance.head_files import REWARD, HeadCheckpoint
-from steersman.guidance.heads import Head, HeadShape
+from steersman.guidance.heads import Head
 from steersman.training.accuracy import accuracy_of
 from steersman.training.configuration import log_data, prepare_tokenizer
 from steersman.training.data.preferences import TokenizedPreference, load_preferences
@@ -24,7 +24,7 @@ from steersman.training.heads.arguments import HeadRewardConfig, check_head_conf
 from steersman.training.heads.examples import Example, read_pair, read_response
 from steersman.training.heads.features import Features, Reading, compute_features, feature_folder
 from steersman.training.heads.frozen_base import READ_TOKENS, FrozenBase, check_tokens
-from steersman.training.heads.network import TrainedHead
+from steersman.training.heads.network import build_network
 from steersman.training.heads.reward_targets import (
     LOSSES,
     RewardLoss,
@@ -102,9 +102,7 @@ def _fit(
     held_out: tuple[_Data, Features] | None,
 ) -> tuple[Head, dict[str, Any]]:
     examples, others, scale = _make_examples(arguments, config, base, tokenizer, data, held_out)
-    shape = HeadShape(base.facts.hidden_size, arguments.head_width, arguments.head_rank, base.facts.vocabulary)
-    embedding = base.output_rows if arguments.head_tokens == "embedding" else None
-    network = TrainedHead(shape, data[1].moments(), dropout=arguments.head_dropout, embedding=embedding, value=True)
+    network = build_network(arguments, base, data[1].moments(), value=True)
     loss = RewardLoss(arguments.head_target, arguments.label_smoothing)
     validation = (held_out[1], others) if held_out and others else None
     trainer = HeadTrainer(network, config, loss, (data[1], examples), validation)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steersman.guidance.head_files import HEAD_FILE, HeadCheckpoint, Probe, save_head
+from steersman.guidance.head_files import HeadCheckpoint, Probe, save_head
 from steersman.guidance.heads import Head, describe_shape
 from steersman.training.checkpoints import write_head_card
 from steersman.training.figure import draw_accuracy
@@ -59,7 +59,6 @@ def write_head(
     head.tokens.data = head.tokens.to(STORED)
     with replacing(folder) as unfinished:
         save_head(unfinished, HeadCheckpoint(head, checkpoint.role, checkpoint.base, checkpoint.probe, whole))
-        (unfinished / HEAD_FILE).chmod(0o644)  # written readable by its owner only
         if figure and "accuracy" in whole:
             draw_accuracy(unfinished, whole, folder.name)
         write_head_card(unfinished, folder.name, checkpoint.role, whole, seen)
