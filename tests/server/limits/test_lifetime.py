@@ -61,7 +61,7 @@ def test_guided_requests_and_slow_uploads_end_at_the_time_limit(limited: Server)
         ("steersman_refusals_total", {"reason": "slow_upload"}, 1),
     ):
         assert total(grown, name, **labels) == total(grown, name) == count, name
-    assert limited.complete([5, 6, 7], max_tokens=3)["choices"][0]["finish_reason"] == "length"
+    assert limited.complete([5, 6, 7], max_tokens=3, ignore_eos=True)["choices"][0]["finish_reason"] == "length"
 
 
 def _requests_in_engine(limited: Server) -> float:
