@@ -16,6 +16,7 @@ from steersman.guidance.rewards import RewardModel, VocabularyReward
 from steersman.guidance.rows import LastTokens, Row
 from steersman.guidance.tokenizers import name_model
 from steersman.guidance.transfer import LateReads, take_rows, to_device
+from steersman.kernels.arguments import HeadWeights
 from steersman.guidance.work import FAULTS, Failure, Fault, Misfit, Work
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,10 @@ class _Part:
     lines: list[int]
     """Rows that have them; `index` on the device, None where all do."""
     index: torch.Tensor | None
-    places: torch.Tensor | None
-    """[n, 2]: row and term; None where every row has this one term only."""
+    places: torch.Tensor
+    """[n, 2]: row and term."""
+    hidden: torch.Tensor | None
+    """[n]: the rows' places in the base's hidden states, for a head."""
     tokens: list[int]
     """That the model reads for each of the rows in one step."""
 
@@ -57,6 +60,8 @@ class Scoring:
     terms: int
     """Number of reward terms of the row that has most."""
     parts: list[_Part]
+    aligned: bool
+    """Whether each part is one term, the same in every row, in their order."""
 
 
 class Auxiliaries:
@@ -83,7 +88,8 @@ class Auxiliaries:
         self._work = work
         self._ahead: dict[str, _Ahead] = {}
         self.changes = 0
-        """Number of models added and removed so far: what was laid out for other models no longer holds."""
+        """How often models have come or gone, and requests have failed or finished: what was laid out before a change
+        no longer holds."""
         for reward_model in reward_models.values():
             self._add_reward_model(reward_model)
         for policy in policies.values():
@@ -141,6 +147,7 @@ class Auxiliaries:
         """Ends the guidance of one row, for good."""
         if row.request.error is None:
             row.request.error, row.request.fault = failure.reason, failure.fault
+            self.changes += 1
             self._work.count_failure(failure)
             level = logging.WARNING if failure.fault in FAULTS else logging.INFO
             logger.log(level, "a guided request failed: %s", failure.reason)
@@ -209,9 +216,7 @@ class Auxiliaries:
     def _read_head(self, readings: Readings, name: str, rows: list[Row]) -> None:
         head = self.heads[name]
         if readings.hidden is None:
-            failure = Failure(name, "raised", f"{name_model(head)} needs the base's hidden states, which are not there")
-            for row in rows:
-                self.fail(row, failure)
+            self._fail_without_hidden(name, rows)
             return
         features = head.head.features(take_rows(readings.hidden, [row.index for row in rows]).to(head.head.device))
         if head.adds_base:
@@ -273,45 +278,72 @@ class Auxiliaries:
             else:
                 row.request.count_reward_model(read_before + 1, row.caught_up(read_before))
 
-    def plan_scoring(self, formulas: Sequence[Formula], device: torch.device) -> Scoring:
-        """Which model scores which rows' terms, where the rows have these formulas, for `score`."""
+    def plan_scoring(self, places: Sequence[int], formulas: Sequence[Formula], device: torch.device) -> Scoring:
+        """Which model scores which rows' terms, where rows at these places of the logits have these formulas, for
+        `score`."""
         groups: dict[tuple[str, bool], list[tuple[int, int]]] = {}
         for g, formula in enumerate(formulas):
             for m, term in enumerate(formula.rewards):
                 groups.setdefault((term.model, formula.end_token), []).append((g, m))
         terms = max(len(formula.rewards) for formula in formulas)
         parts = []
-        for (name, end_token), places in groups.items():
-            lines = [g for g, _ in places]
+        for (name, end_token), own in groups.items():
+            lines = [g for g, _ in own]
             tokens = [self.reward_models[name].tokens_per_step(formulas[g]) for g in lines]
             every = None if len(lines) == len(formulas) else to_device(lines, device)
-            at = None if terms == 1 and every is None else to_device(places, device)
-            parts.append(_Part(name, end_token, lines, every, at, tokens))
-        return Scoring(terms, parts)
+            hidden = to_device([places[g] for g in lines], device) if name in self.heads else None
+            parts.append(_Part(name, end_token, lines, every, to_device(own, device), hidden, tokens))
+        every_row = range(len(formulas))
+        aligned = list(groups.values()) == [[(g, m) for g in every_row] for m in range(terms)]
+        return Scoring(terms, parts, aligned)
+
+    def find_heads(self, scoring: Scoring) -> list[HeadWeights] | None:
+        """The heads that score every row's terms, one each; None where other models score some, or not every row."""
+        if not scoring.aligned or any(part.hidden is None for part in scoring.parts):
+            return None
+        return [self.heads[part.model].head.weights for part in scoring.parts]
 
     def score(
         self, rows: list[Row], scoring: Scoring, ids: torch.Tensor, readings: Readings, last: LastTokens
     ) -> torch.Tensor:
         """Rewards [G, terms, k] float32 of every row's terms for the candidates `ids` [G, k] int64; NaN where there is
         no term or it could not be scored."""
-        rewards = None
-        for part in scoring.parts:
-            candidates = ids if part.index is None else ids[part.index]
-            asked = rows if part.index is None else [rows[g] for g in part.lines]
-            if self.scores_every_token(part.model):
-                scored = self._look_up(readings, part.model, asked, candidates, last)
-            else:
-                scored = self._score_with(part, asked, candidates, last)
-                scored = self._spoil_unreadable(
-                    self.reward_models[part.model], asked, scored, last, readings.vocabulary
-                )
-            if part.places is None:
-                return scored.unsqueeze(1)
-            if rewards is None:
-                rewards = scored.new_full((len(rows), scoring.terms, ids.shape[1]), torch.nan)
-            rewards[part.places[:, 0], part.places[:, 1]] = scored
-        assert rewards is not None
+        scored = [self._score_part(part, rows, ids, readings, last) for part in scoring.parts]
+        if scoring.aligned:
+            return torch.stack(scored, dim=1)
+        rewards = ids.new_full((len(rows), scoring.terms, ids.shape[1]), torch.nan, dtype=torch.float32)
+        for part, values in zip(scoring.parts, scored, strict=True):
+            rewards[part.places[:, 0], part.places[:, 1]] = values
         return rewards
+
+    def _score_part(
+        self, part: _Part, rows: list[Row], ids: torch.Tensor, readings: Readings, last: LastTokens
+    ) -> torch.Tensor:
+        candidates = ids if part.index is None else ids[part.index]
+        if part.hidden is not None:
+            return self._score_by_head(part, rows, candidates, readings)
+        asked = rows if part.index is None else [rows[g] for g in part.lines]
+        if part.model in self.readers:
+            return self._look_up(readings, part.model, asked, candidates, last)
+        scored = self._score_with(part, asked, candidates, last)
+        return self._spoil_unreadable(self.reward_models[part.model], asked, scored, last, readings.vocabulary)
+
+    def _score_by_head(
+        self, part: _Part, rows: list[Row], candidates: torch.Tensor, readings: Readings
+    ) -> torch.Tensor:
+        if readings.hidden is None:
+            self._fail_without_hidden(part.model, [rows[g] for g in part.lines])
+            return torch.full(candidates.shape, torch.nan, device=candidates.device)
+        head = self.heads[part.model].head
+        if head.vocabulary < readings.vocabulary:
+            # Tokens that it does not have are none of the support.
+            candidates = candidates.clamp(max=head.vocabulary - 1)
+        return head.at(head.features(readings.hidden[part.hidden]), candidates)
+
+    def _fail_without_hidden(self, name: str, rows: Sequence[Row]) -> None:
+        reason = f"{name_model(self.heads[name])} needs the base's hidden states, which are not there"
+        for row in rows:
+            self.fail(row, Failure(name, "raised", reason))
 
     def _look_up(
         self, readings: Readings, name: str, rows: list[Row], candidates: torch.Tensor, last: LastTokens

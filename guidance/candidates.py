@@ -15,7 +15,8 @@ from steersman.guidance.transfer import to_device
 from steersman.guidance.transforms import Combination, build_combination, explain_broken
 from steersman.guidance.vocabulary import blend_readings
 from steersman.guidance.work import Failure, Work
-from steersman.kernels.dispatch import select_candidates, write_reranked
+from steersman.kernels.arguments import HeadWeights
+from steersman.kernels.dispatch import can_rerank_by_heads, rerank_by_heads, select_candidates, write_reranked
 from steersman.kernels.reference import add_rewards, write_candidates
 
 
@@ -28,13 +29,15 @@ class _Layout:
     """Held so that the identities in `key` stay theirs."""
     rows: torch.Tensor
     """[G] int64: the rows' places in the logits."""
-    index: torch.Tensor | None
-    """The same; None where they are all, in order."""
+    whole: bool
+    """Whether they are all, in order."""
     k: int
     limits: torch.Tensor | None
     """[G, 1]: candidates of each row; None where each has k."""
     scoring: Scoring
     combination: Combination
+    heads: list[HeadWeights] | None
+    """One for each term of every row, where nothing but heads decides."""
     has_policies: bool
     has_budgets: bool
     narrower: list[list[str]]
@@ -50,6 +53,8 @@ class CandidateSteering:
         self._models = models
         self._work = work
         self._layout: tuple[tuple[int, int, int], _Layout] | None = None
+        self._last: list[Steered] | None = None
+        """What the layout was last found for."""
 
     def steer(
         self,
@@ -61,11 +66,12 @@ class CandidateSteering:
     ) -> None:
         """Leaves in each row of `logits` [B, V] its candidates' scores and -inf elsewhere; `biased` is what the
         candidates are chosen by, as in GuidanceRuntime.step."""
+        layout = self._find_layout(logits, steered)
+        if layout.heads is not None and biased is None and readings.hidden is not None and can_rerank_by_heads(logits):
+            self._steer_by_heads(logits, steered, layout, layout.heads, readings.hidden)
+            return
         with self._work.timing("candidates_seconds"):
-            layout = self._find_layout(logits, steered)
-            base = logits if layout.index is None else logits[layout.index]
-            chosen_by = biased if biased is None or layout.index is None else biased[layout.index]
-            ids, values, base_logprobs = _select(base, layout, chosen_by)
+            ids, values, base_logprobs = _select(logits, layout, biased)
         with self._work.timing("rewards_seconds"):
             rewards = self._models.score([s.row for s in steered], layout.scoring, ids, readings, last)
         with self._work.timing("writing_seconds"):
@@ -76,10 +82,24 @@ class CandidateSteering:
             if layout.has_budgets:
                 self._write_within_budgets(logits, steered, layout, CandidateStep(ids, base_logprobs, values, rewards))
                 return
-            scores = write_reranked(logits, layout.rows, ids, values, layout.combination.terms, rewards)
+            scores, broken = write_reranked(logits, layout.rows, ids, values, layout.combination.terms, rewards)
             self._record(steered, CandidateStep(ids, base_logprobs, scores, rewards))
-            # A row that is broken is NaN as a whole.
-            self._fail_where(steered, scores[:, 0].isnan(), values, rewards)
+            self._fail_where(steered, broken, values, rewards)
+
+    def _steer_by_heads(
+        self,
+        logits: torch.Tensor,
+        steered: list[Steered],
+        layout: _Layout,
+        heads: list[HeadWeights],
+        hidden: torch.Tensor,
+    ) -> None:
+        with self._work.timing("rewards_seconds"):
+            given = layout.rows, layout.k, layout.limits
+            done = rerank_by_heads(logits, hidden, *given, heads, layout.combination.terms)
+        with self._work.timing("writing_seconds"):
+            self._record(steered, CandidateStep(done.ids, done.logprobs, done.scores, done.rewards))
+            self._fail_where(steered, done.broken, done.values, done.rewards)
 
     def _write_within_budgets(
         self, logits: torch.Tensor, steered: list[Steered], layout: _Layout, step: CandidateStep
@@ -96,9 +116,11 @@ class CandidateSteering:
 
     def _find_layout(self, logits: torch.Tensor, steered: list[Steered]) -> _Layout:
         shape = (*logits.shape, self._models.changes)
-        key = [(s.row.index, id(s.formula)) for s in steered]
-        if self._layout is None or self._layout[0] != shape or self._layout[1].key != key:
-            self._layout = (shape, self._make_layout(logits, steered, key))
+        if self._layout is None or self._layout[0] != shape or self._last is not steered:
+            key = [(s.row.index, id(s.formula)) for s in steered]
+            if self._layout is None or self._layout[0] != shape or self._layout[1].key != key:
+                self._layout = (shape, self._make_layout(logits, steered, key))
+            self._last = steered
         return self._layout[1]
 
     def _make_layout(self, logits: torch.Tensor, steered: list[Steered], key: list[tuple[int, int]]) -> _Layout:
@@ -109,19 +131,23 @@ class CandidateSteering:
         known = self._models.find_narrower(vocabulary)
         narrower = [[name for name in s.row.request.plan.models if name in known] for s in steered] if known else []
         widths = [[min((known[name] for name in names), default=vocabulary)] for names in narrower]
-        rows = to_device([s.row.index for s in steered], device)
-        whole = [s.row.index for s in steered] == list(range(len(logits)))
+        rows = [s.row.index for s in steered]
+        scoring = self._models.plan_scoring(rows, formulas, device)
+        has_policies = any(formula.policies or formula.base != 1.0 for formula in formulas)
+        has_budgets = any(s.row.request.plan.kl_budget is not None for s in steered)
+        alone = not (has_policies or has_budgets or any(narrower))
         return _Layout(
             key,
             formulas,
-            rows,
-            None if whole else rows,
+            to_device(rows, device),
+            rows == list(range(len(logits))),
             k,
             to_device([[formula.top_k] for formula in formulas], device) if ragged else None,
-            self._models.plan_scoring(formulas, device),
+            scoring,
             build_combination(formulas, device),
-            any(formula.policies or formula.base != 1.0 for formula in formulas),
-            any(s.row.request.plan.kl_budget is not None for s in steered),
+            self._models.find_heads(scoring) if alone else None,
+            has_policies,
+            has_budgets,
             narrower if any(narrower) else [],
             to_device(widths, device) if any(narrower) else None,
         )
@@ -163,13 +189,13 @@ class CandidateSteering:
 
 
 def _select(
-    base: torch.Tensor, layout: _Layout, biased: torch.Tensor | None
+    logits: torch.Tensor, layout: _Layout, biased: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ids, the base's logits and its log-probabilities [G, k] of the candidates, the latter among the tokens that
     are not masked."""
     if biased is None:
-        return select_candidates(base, layout.k, layout.limits)
-    ids, chosen, _ = select_candidates(biased, layout.k, layout.limits)
+        return select_candidates(logits, layout.rows, layout.k, layout.limits, whole=layout.whole)
+    ids, chosen, _ = select_candidates(biased, layout.rows, layout.k, layout.limits, whole=layout.whole)
+    base, masked = logits[layout.rows], biased[layout.rows].isneginf()
     values = base.gather(1, ids).masked_fill(chosen.isneginf(), -torch.inf)
-    allowed = base.masked_fill(biased.isneginf(), -torch.inf)
-    return ids, values, values - allowed.logsumexp(dim=-1, keepdim=True)
+    return ids, values, values - base.masked_fill(masked, -torch.inf).logsumexp(dim=-1, keepdim=True)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from steersman.kernels.arguments import HeadWeights
 from steersman.kernels.dispatch import compile_gather, gather_outputs
 
 
@@ -78,11 +79,16 @@ class FrozenHead:
         def move(parameter: torch.Tensor) -> torch.Tensor:
             return parameter.detach().float().to(device).contiguous()
 
-        self._inner, self._inner_bias = move(head.inner.weight.t()), move(head.inner.bias)
-        self._outer, self._outer_bias = move(head.outer.weight.t()), move(head.outer.bias)
-        self._tokens, self._bias = move(head.tokens), move(head.bias)
+        self.weights = HeadWeights(
+            inner=move(head.inner.weight.t()),
+            inner_bias=move(head.inner.bias),
+            outer=move(head.outer.weight.t()),
+            outer_bias=move(head.outer.bias),
+            tokens=move(head.tokens),
+            bias=move(head.bias),
+        )
         self.shape = head.shape
-        self.device = self._bias.device
+        self.device = self.weights.bias.device
 
     @property
     def vocabulary(self) -> int:
@@ -96,20 +102,21 @@ class FrozenHead:
 
     def warm_up(self) -> None:
         """Compiles on a GPU what `at` launches."""
-        compile_gather(self._tokens, self._bias)
+        compile_gather(self.weights.tokens, self.weights.bias)
 
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
         """f(h) [G, R] float32 of hidden states [G, D], as Head.features."""
-        middle = torch.addmm(self._inner_bias, hidden.float(), self._inner)
-        return torch.addmm(self._outer_bias, F.silu(middle, inplace=True), self._outer)
+        own = self.weights
+        middle = torch.addmm(own.inner_bias, hidden.float(), own.inner)
+        return torch.addmm(own.outer_bias, F.silu(middle, inplace=True), own.outer)
 
     def every(self, features: torch.Tensor) -> torch.Tensor:
         """Outputs [G, V] float32 for every token, as Head.every."""
-        return F.linear(features, self._tokens, self._bias)
+        return F.linear(features, self.weights.tokens, self.weights.bias)
 
     def at(self, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Outputs [G, k] float32 for the tokens [G, k], as Head.at."""
-        return gather_outputs(features, self._tokens, self._bias, tokens)
+        return gather_outputs(features, self.weights.tokens, self.weights.bias, tokens)
 
 
 def build_head(tensors: dict[str, torch.Tensor]) -> Head:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -116,7 +116,7 @@ class Position:
     formula: Formula = _BASE
     below: Formula = _BASE
     """What was decoded instead where the step says that the gate was closed."""
-    traced: list[dict[str, Any]] = field(default_factory=list)
+    traced: Sequence[dict[str, Any]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ class _Outcomes:
     """Of `kl`; 0 where the whole vocabulary is the support."""
     changed: list[bool]
     formulas: list[Formula]
-    candidates: list[list[dict[str, Any]]]
+    candidates: list[Sequence[dict[str, Any]]]
     """Empty lists without a trace."""
 
     def __add__(self, other: "_Outcomes") -> "_Outcomes":

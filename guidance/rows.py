@@ -14,6 +14,10 @@ from steersman.guidance.transfer import take_rows, to_device
 from steersman.guidance.work import Fault, Misfit
 
 
+_UNGUIDED = Position()
+"""Shared by all positions that the base decodes alone."""
+
+
 @dataclass
 class GuidedRequest:
     """One choice of one request while it is decoded."""
@@ -103,10 +107,11 @@ class Steered:
 
     def record(self, step: CandidateStep | VocabularyStep, line: int) -> None:
         """Keeps what is done at this position: line `line` of `step`."""
-        position = self.row.request.positions[-1]
-        position.step, position.line, position.formula = step, line, self.formula
-        if self.gate is not None:
-            position.below = self.row.request.plan.below
+        request = self.row.request
+        if self.gate is None:
+            request.positions[-1] = Position(step, line, self.formula)
+        else:
+            request.positions[-1] = Position(step, line, self.formula, request.plan.below)
 
 
 class LastTokens:
@@ -139,18 +144,22 @@ def begin_positions(rows: Sequence[Row], last: LastTokens) -> None:
     """
     waiting = []
     for row in rows:
-        positions, position = row.request.positions, row.position
+        request = row.request
+        positions, position = request.positions, len(row.prompt) + len(row.output) - request.prompt_length
         if len(positions) != position:
             _wind_to(row, position)
         if positions and isinstance(positions[-1].step, VocabularyStep):
             waiting.append(row)
-    if waiting:
-        _choose_tokens([row.request for row in waiting], last.of(waiting))
-    for row in rows:
-        request = row.request
-        request.positions.append(Position())
+            continue
+        positions.append(_UNGUIDED)
         if request.plan.kl_budget is not None:
             request.spent.append(0.0)
+    if waiting:
+        _choose_tokens([row.request for row in waiting], last.of(waiting))
+    for row in waiting:
+        row.request.positions.append(_UNGUIDED)
+        if row.request.plan.kl_budget is not None:
+            row.request.spent.append(0.0)
 
 
 def _wind_to(row: Row, position: int) -> None:
@@ -167,7 +176,7 @@ def _resume(row: Row) -> None:
     request = row.request
     if request.positions:
         choose_last_token(request, row.output)
-    request.positions += [Position() for _ in range(row.position - len(request.positions))]
+    request.positions += [_UNGUIDED] * (row.position - len(request.positions))
 
 
 def choose_last_token(request: GuidedRequest, response: Sequence[int]) -> None:

@@ -12,6 +12,7 @@ learned a step late, and until then the base decodes the row. What waits for the
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +36,44 @@ _KEPT_REQUESTS = 4096
 """Requests that have left the batch and whose report nobody has asked for yet; the oldest are forgotten beyond it."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """Rows by what their formulas' support is."""
+
+    by_candidates: list[Steered]
+    over_vocabulary: list[Steered]
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The rows of a step, and what holds for them in every step until one comes, goes, fails or finishes."""
+
+    rows: Sequence[Row]
+    changes: int
+    """`Auxiliaries.changes` at the time."""
+    live: list[Row]
+    failed: list[int]
+    """Indices of the rows whose guidance has ended."""
+    steered: _Split | None
+    """The formulas, where they depend on nothing that a step brings."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], changes: int) -> "_Batch":
+        """Looks at each row once."""
+        live = [row for row in rows if row.request.error is None and not row.request.finished]
+        failed = [row.index for row in rows if row.request.error is not None]
+        plans = [row.request.plan for row in live]
+        if all(plan.always_open and not plan.policies for plan in plans):
+            return cls(rows, changes, live, failed, _split([Steered(row, row.request.plan.formula) for row in live]))
+        return cls(rows, changes, live, failed, None)
+
+
+def _split(steered: list[Steered]) -> _Split:
+    return _Split(
+        [s for s in steered if s.formula.has_candidates], [s for s in steered if not s.formula.has_candidates]
+    )
+
+
 class GuidanceRuntime:
     """Guides any number of requests at once, each by its own plan."""
 
@@ -55,6 +94,7 @@ class GuidanceRuntime:
         self.eos_token_id = eos_token_id
         self._candidates = CandidateSteering(self.models, self.work)
         self._requests: OrderedDict[Hashable, GuidedRequest] = OrderedDict()
+        self._batch: _Batch | None = None
         self.hidden_states = HiddenStateStore()
         """The base's, of texts that heads score or are proven with."""
 
@@ -115,6 +155,7 @@ class GuidanceRuntime:
             if request is None:
                 return None
             request.finished = True
+            self.models.changes += 1
             choose_last_token(request, response)
             spent = None if request.plan.kl_budget is None else sum(request.spent)
             return summarise(
@@ -188,7 +229,8 @@ class GuidanceRuntime:
     ) -> None:
         """Writes guided logits into `logits` [B, V] float32 for `rows`; every other row keeps its bits.
 
-        logits: the base model's own, before anything that a client does to them. fed: [B] int64 on the logits' device,
+        logits: the base model's own, before anything that a client does to them. rows: of a sequence that is not
+        changed any more; the same one again stands for the same rows in the same places. fed: [B] int64 on the logits' device,
         the last token of every row of the batch, where the device knows them before the host. biased: [B, V] float32,
         the same logits after a grammar, bans and biases, -inf where a token is masked; None where no row has any.
         hidden: [B, D], the base's hidden states that the logits were computed from, which heads need.
@@ -198,40 +240,43 @@ class GuidanceRuntime:
         """
         with self.turn(), self.measured_step(), _inference():
             self.settle()
-            live = [row for row in rows if row.request.error is None and not row.request.finished]
-            if live:
+            batch = self._find_batch(rows)
+            if batch.live:
                 readings = Readings(logits.shape[-1], logits, hidden)
-                self._guide(logits, live, readings, _last_tokens(logits, live, fed), biased)
+                self._guide(logits, batch, readings, _last_tokens(logits, batch.live, fed), biased)
+                batch = self._find_batch(rows)
             self.models.forget_ahead()
-            failed = [row.index for row in rows if row.request.error is not None]
-            if failed:
-                self._force_end(logits, failed, logits if biased is None else biased)
+            if batch.failed:
+                self._force_end(logits, batch.failed, logits if biased is None else biased)
+
+    def _find_batch(self, rows: Sequence[Row]) -> "_Batch":
+        """The same as in the last step where nothing has come, gone, failed or finished since."""
+        if self._batch is None or self._batch.rows is not rows or self._batch.changes != self.models.changes:
+            self._batch = _Batch.of(rows, self.models.changes)
+        return self._batch
 
     def _guide(
         self,
         logits: torch.Tensor,
-        rows: list[Row],
+        batch: "_Batch",
         readings: Readings,
         last: LastTokens,
         biased: torch.Tensor | None,
     ) -> None:
         with self.work.timing("writing_seconds"):
-            begin_positions(rows, last)
-        steered = self._decide(logits, rows, readings, last)
-        by_candidates = [s for s in steered if s.formula.has_candidates]
-        if by_candidates:
-            self._candidates.steer(logits, by_candidates, readings, last, biased)
-        over_vocabulary = self._read_rewards([s for s in steered if not s.formula.has_candidates], readings, last)
+            begin_positions(batch.live, last)
+        steered = batch.steered or _split(self._decide(logits, batch.live, readings, last))
+        if steered.by_candidates:
+            self._candidates.steer(logits, steered.by_candidates, readings, last, biased)
+        over_vocabulary = self._read_rewards(steered.over_vocabulary, readings, last)
         if over_vocabulary:
             with self.work.timing("writing_seconds"):
                 steer_vocabulary(logits, over_vocabulary, readings, self.models.fail_where, biased)
         self.work.steps += 1
-        self.work.rows += len(steered)
+        self.work.rows += len(steered.by_candidates) + len(steered.over_vocabulary)
 
     def _decide(self, logits: torch.Tensor, rows: list[Row], readings: Readings, last: LastTokens) -> list[Steered]:
         """Which formula applies to which row. Nothing is asked of a model behind a gate that closes without it."""
-        if all(row.request.plan.always_open and not row.request.plan.policies for row in rows):
-            return [Steered(row, row.request.plan.formula) for row in rows]
         with self.work.timing("writing_seconds"):
             opened = open_by_entropy(logits, [row for row in rows if may_open(row)])
         gates = {row.index: row.request.plan.gate.kl for row in opened}

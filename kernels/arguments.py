@@ -1,14 +1,16 @@
 """What the kernels and their torch twins are given and return, row by row."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 
 LARGEST_SAMPLE = 1024
 """Draws of a policy that a kernel makes for one row at most."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RewardTerms:
     """Σ_m strength_m T_m(r_m) of each row, [B, M] each; a row with fewer terms has strength 0 in the others."""
 
@@ -18,6 +20,51 @@ class RewardTerms:
     shift: torch.Tensor
     log_sigmoid: torch.Tensor
     """int32: T(r) = log σ(scale · r + shift) where it is 1, scale · r + shift where it is 0."""
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The same on a CPU: they outlive many steps."""
+        return self.strength.numpy(), self.scale.numpy(), self.shift.numpy(), self.log_sigmoid.numpy()
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """A head on the base's hidden states, U[v] · f(h) + c[v] with f(h) = W₂ silu(W₁ h + b₁) + b₂; float32."""
+
+    inner: torch.Tensor
+    """W₁ transposed, [D, W]."""
+    inner_bias: torch.Tensor
+    outer: torch.Tensor
+    """W₂ transposed, [W, R]."""
+    outer_bias: torch.Tensor
+    tokens: torch.Tensor
+    """U, [V, R]."""
+    bias: torch.Tensor
+    """c, [V]."""
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """The same on a CPU, in this order."""
+        own = (self.inner, self.inner_bias, self.outer, self.outer_bias, self.tokens, self.bias)
+        return tuple(tensor.numpy() for tensor in own)
+
+
+@dataclass(frozen=True, slots=True)
+class Reranked:
+    """Rows whose candidates heads have scored: k of each of G rows."""
+
+    ids: torch.Tensor
+    """[G, k] int64."""
+    values: torch.Tensor
+    """[G, k] float32: the base's logits, -inf beyond a row's limit."""
+    logprobs: torch.Tensor
+    """[G, k] float32: the base's, over the whole vocabulary."""
+    rewards: torch.Tensor
+    """[G, M, k] float32."""
+    scores: torch.Tensor
+    """[G, k] float32, as `kernels.rerank.reward_rerank` returns them."""
+    broken: torch.Tensor
+    """[G] bool: rows whose scores are NaN, which are not written."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,21 +5,42 @@ Numba `kernels.reference` computes the same.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
 
-from steersman.kernels.arguments import RewardTerms
+from steersman.kernels.arguments import HeadWeights, Reranked, RewardTerms
 
+_SELECT = (
+    "void(float32[:, ::1], int64[::1], int64[::1], int64[:, ::1], float32[:, ::1], float32[:, ::1])"
+)
 _RERANK = (
     "void(float32[:, ::1], int64[::1], int64[:, ::1], float32[:, ::1], float32[:, ::1], float32[:, ::1], "
-    "float32[:, ::1], int32[:, ::1], float32[:, :, ::1], float32[:, ::1])"
+    "float32[:, ::1], int32[:, ::1], float32[:, :, ::1], float32[:, ::1], boolean[::1])"
 )
 _NOTHING = np.empty(0, dtype=np.float32)
-_GATHER = "void(float32[:, ::1], float32[:, ::1], float32[::1], int64[:, ::1], float32[:, ::1])"
+_NO_LIMITS = np.empty(0, dtype=np.int64)
+_GATHER = "void(float32[:, ::1], float32[:, ::1], float32[::1], int64[:, ::1], float32[:, :])"
+_AFFINE = "void(float32[:, ::1], float32[:, ::1], float32[:, ::1])"
+_SCORE = (
+    "void(float32[:, ::1], int64[::1], float32[:, ::1], float32[::1], float32[:, ::1], float32[::1], "
+    "float32[:, ::1], float32[::1], int64[:, ::1], int64, float32[:, :, ::1])"
+)
+
+
+def select_candidates(
+    logits: torch.Tensor, rows: torch.Tensor, k: int, limits: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `reference.select_candidates` for `rows` [G] int64 of contiguous logits; tied candidates are ordered by
+    id."""
+    ids = torch.empty((len(rows), k), dtype=torch.int64)
+    values, logprobs = torch.empty((2, len(rows), k), dtype=torch.float32)
+    own = _NO_LIMITS if limits is None else limits.squeeze(1).numpy()
+    _select(logits.numpy(), rows.numpy(), own, ids.numpy(), values.numpy(), logprobs.numpy())
+    return ids, values, logprobs
 
 
 def reward_rerank(
@@ -29,15 +50,15 @@ def reward_rerank(
     base: torch.Tensor,
     terms: RewardTerms,
     rewards: torch.Tensor,
-) -> torch.Tensor:
-    """As `kernels.rerank.reward_rerank`; rows and ids int64, everything contiguous."""
-    scores = torch.empty_like(base)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores of `kernels.rerank.reward_rerank`, and the rows that are NaN, [G] bool; rows and ids int64, everything
+    contiguous."""
+    scores, broken = torch.empty_like(base), torch.empty(len(base), dtype=torch.bool)
     _rerank(
-        *(tensor.numpy() for tensor in (logits, rows, ids, base)),
-        *(tensor.numpy() for tensor in (terms.strength, terms.scale, terms.shift, terms.log_sigmoid)),
-        *(rewards.numpy(), scores.numpy()),
+        *(logits.numpy(), rows.numpy(), ids.numpy(), base.numpy(), *terms.arrays),
+        *(rewards.numpy(), scores.numpy(), broken.numpy()),
     )
-    return scores
+    return scores, broken
 
 
 def gather_outputs(
@@ -48,6 +69,30 @@ def gather_outputs(
     own = _NOTHING if bias is None else bias.numpy()
     _gather(features.numpy(), weight.numpy(), own, tokens.numpy(), outputs.numpy())
     return outputs
+
+
+def rerank_by_heads(
+    logits: torch.Tensor,
+    hidden: torch.Tensor,
+    rows: torch.Tensor,
+    k: int,
+    limits: torch.Tensor | None,
+    heads: Sequence[HeadWeights],
+    terms: RewardTerms,
+) -> Reranked:
+    """Chooses candidates, scores them by heads and writes their scores, for `rows` [G] int64 of contiguous logits
+    [B, V] and hidden states [B, D] float32: select_candidates, each head's outputs as a term, and reward_rerank."""
+    size, written, places = len(rows.numpy()), logits.numpy(), rows.numpy()
+    ids = np.empty((size, k), dtype=np.int64)
+    values, logprobs, scores = np.empty((3, size, k), dtype=np.float32)
+    rewards = np.empty((size, len(heads), k), dtype=np.float32)
+    broken = np.empty(size, dtype=np.bool_)
+    _select(written, places, _NO_LIMITS if limits is None else limits.squeeze(1).numpy(), ids, values, logprobs)
+    states = hidden.numpy()
+    for number, head in enumerate(heads):
+        _score_by_head(states, places, *head.arrays, ids, number, rewards)
+    _rerank(written, places, ids, values, *terms.arrays, rewards, scores, broken)
+    return Reranked(*map(torch.from_numpy, (ids, values, logprobs, rewards, scores, broken)))
 
 
 def _compile(signature: str, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -71,8 +116,63 @@ def _log_sum_exp(values):
     return largest + math.log(total)
 
 
+@_compile("float32(float32)", inline="always", fastmath={"contract"})
+def _exp(value):
+    """e^value, taken between e^-87 and e^87, within 2 units in the last place, in operations that LLVM does eight at a
+    time: 2^n e^r with |r| at most log(2) / 2, e^r by Cephes' polynomial."""
+    value = min(max(value, np.float32(-87.0)), np.float32(87.0))
+    power = np.floor(value * np.float32(1.44269504) + np.float32(0.5))
+    rest = value - power * np.float32(0.693359375) + power * np.float32(2.12194440e-4)
+    series = np.float32(1.9875691500e-4)
+    series = series * rest + np.float32(1.3981999507e-3)
+    series = series * rest + np.float32(8.3334519073e-3)
+    series = series * rest + np.float32(4.1665795894e-2)
+    series = series * rest + np.float32(1.6666665459e-1)
+    series = series * rest + np.float32(5.0000001201e-1)
+    series = series * rest * rest + rest + np.float32(1.0)
+    return series * np.int32((np.int32(power) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+# Sums of blocks in float32, eight terms at a time, their total in float64.
+@_compile("float64(float32[::1], float32)", fastmath={"reassoc", "contract"})
+def _sum_exp(values, largest):
+    total, start = 0.0, 0
+    while start < len(values):
+        stop = min(len(values), start + 4096)
+        part = np.float32(0.0)
+        for place in range(start, stop):
+            part += _exp(values[place] - largest)
+        total += part
+        start = stop
+    return total
+
+
+@_compile(_SELECT)
+def _select(logits, rows, limits, ids, values, logprobs):
+    lines, k = ids.shape
+    for line in range(lines):
+        row, best, names = logits[rows[line]], values[line], ids[line]
+        for token in range(len(row)):
+            value = row[token]
+            if token < k or value > best[k - 1]:
+                place = min(token, k - 1)
+                while place > 0 and best[place - 1] < value:
+                    best[place], names[place] = best[place - 1], names[place - 1]
+                    place -= 1
+                best[place], names[place] = value, token
+        total = best[0] + math.log(_sum_exp(row, best[0]))
+        limit = limits[line] if len(limits) else k
+        for place in range(k):
+            if math.isnan(total):
+                # A row of -inf alone keeps its values; NaN anywhere spoils the row.
+                best[place] = best[place] if best[0] == -np.inf else np.nan
+            logprobs[line, place] = best[place] - total
+            if place >= limit:
+                best[place] = logprobs[line, place] = -np.inf
+
+
 @_compile(_RERANK)
-def _rerank(logits, rows, ids, base, strength, scale, shift, log_sigmoid, rewards, scores):
+def _rerank(logits, rows, ids, base, strength, scale, shift, log_sigmoid, rewards, scores, broken):
     lines, k = ids.shape
     for line in range(lines):
         healthy, present = True, False
@@ -90,7 +190,8 @@ def _rerank(logits, rows, ids, base, strength, scale, shift, log_sigmoid, reward
                         score += weight * value
                 healthy &= math.isfinite(score)
             scores[line, candidate] = score
-        if not (healthy and present):
+        broken[line] = not (healthy and present)
+        if broken[line]:
             scores[line] = np.nan
             continue
         moved = np.float32(_log_sum_exp(base[line]) - _log_sum_exp(scores[line]))
@@ -112,3 +213,39 @@ def _gather(features, weight, bias, tokens, outputs):
             for channel in range(features.shape[1]):
                 total += features[line, channel] * weight[token, channel]
             outputs[line, place] = total + bias[token] if len(bias) else total
+
+
+@_compile(_AFFINE, fastmath={"reassoc", "contract"})
+def _add_product(inputs, weight, outputs):
+    """outputs [n, W] += inputs [n, D] · weight [D, W], which is read once: four of its rows for all inputs."""
+    whole = len(weight) - len(weight) % 4
+    for start in range(0, whole, 4):
+        first, second, third, fourth = weight[start], weight[start + 1], weight[start + 2], weight[start + 3]
+        for line in range(len(inputs)):
+            own, sums = inputs[line, start : start + 4], outputs[line]
+            a, b, c, d = own[0], own[1], own[2], own[3]
+            for channel in range(len(sums)):
+                sums[channel] += (a * first[channel] + b * second[channel]) + (
+                    c * third[channel] + d * fourth[channel]
+                )
+    for start in range(whole, len(weight)):
+        for line in range(len(inputs)):
+            value, sums = inputs[line, start], outputs[line]
+            for channel in range(len(sums)):
+                sums[channel] += value * weight[start, channel]
+
+
+@_compile(_SCORE, fastmath={"contract"})
+def _score_by_head(hidden, rows, inner, inner_bias, outer, outer_bias, tokens, bias, ids, term, rewards):
+    states = np.empty((len(rows), hidden.shape[1]), dtype=np.float32)
+    middle = np.empty((len(rows), len(inner_bias)), dtype=np.float32)
+    features = np.empty((len(rows), len(outer_bias)), dtype=np.float32)
+    for line in range(len(rows)):
+        states[line], middle[line], features[line] = hidden[rows[line]], inner_bias, outer_bias
+    _add_product(states, inner, middle)
+    for line in range(len(rows)):
+        own = middle[line]
+        for channel in range(len(own)):
+            own[channel] /= np.float32(1.0) + _exp(-own[channel])
+    _add_product(middle, outer, features)
+    _gather(features, tokens, bias, ids, rewards[:, term])

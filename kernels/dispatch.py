@@ -1,12 +1,13 @@
 """Triton's kernels on a GPU, Numba's or torch elsewhere; either is imported at the first use."""
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 
 from steersman.kernels import reference
-from steersman.kernels.arguments import Blended, BlendRows, RewardTerms
+from steersman.kernels.arguments import Blended, BlendRows, HeadWeights, Reranked, RewardTerms
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -20,6 +21,11 @@ def has_numba() -> bool:
     return find_spec("numba") is not None
 
 
+def _fits_numba(values: torch.Tensor) -> bool:
+    """Whether the CPU's own kernels take a tensor as it lies."""
+    return values.dtype is torch.float32 and not has_kernels(values.device) and values.is_contiguous() and has_numba()
+
+
 def compile_cpu_kernels() -> None:
     """Compiles them, or loads them from the cache, which takes seconds: before a request waits for it."""
     if has_numba():
@@ -27,9 +33,16 @@ def compile_cpu_kernels() -> None:
 
 
 def select_candidates(
-    logits: torch.Tensor, k: int, limits: torch.Tensor | None = None
+    logits: torch.Tensor, rows: torch.Tensor, k: int, limits: torch.Tensor | None = None, *, whole: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `reference.select_candidates`; with kernels, tied candidates are ordered by id."""
+    """As `reference.select_candidates` for `rows` [G] int64 of the logits [B, V]; with kernels, tied candidates are
+    ordered by id. whole: whether the rows are all of them, in order."""
+    if _fits_numba(logits):
+        from steersman.kernels import cpu
+
+        return cpu.select_candidates(logits, rows, k, limits)
+    if not whole:
+        logits = logits[rows]
     if not has_kernels(logits.device):
         return reference.select_candidates(logits, k, limits)
     from steersman.kernels.topk import make_workspace, topk_logprobs
@@ -43,17 +56,41 @@ def select_candidates(
 def write_reranked(
     logits: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor, base: torch.Tensor, terms: RewardTerms,
     rewards: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    """`kernels.rerank.reward_rerank` for rewards that are there already, [B, M, k] float32. rows, ids: int64."""
-    if has_kernels(logits.device):
-        from steersman.kernels.rerank import reward_rerank
-
-        return reward_rerank(logits, rows.int(), ids.int(), base.contiguous(), terms, rewards.contiguous())
-    if has_numba() and logits.is_contiguous() and logits.dtype is torch.float32:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`kernels.rerank.reward_rerank` for rewards that are there already, [B, M, k] float32: scores [B, k], and the rows
+    [B] bool whose scores are NaN, which are not written. rows, ids: int64."""
+    if _fits_numba(logits):
         from steersman.kernels import cpu
 
         return cpu.reward_rerank(logits, rows, ids.contiguous(), base.contiguous(), terms, rewards.contiguous())
-    return reference.reward_rerank(logits, rows, ids, base, terms, rewards)
+    if has_kernels(logits.device):
+        from steersman.kernels.rerank import reward_rerank
+
+        scores = reward_rerank(logits, rows.int(), ids.int(), base.contiguous(), terms, rewards.contiguous())
+    else:
+        scores = reference.reward_rerank(logits, rows, ids, base, terms, rewards)
+    return scores, scores[:, 0].isnan()
+
+
+def can_rerank_by_heads(logits: torch.Tensor) -> bool:
+    """Whether `rerank_by_heads` is there for these logits [B, V]."""
+    return _fits_numba(logits)
+
+
+def rerank_by_heads(
+    logits: torch.Tensor,
+    hidden: torch.Tensor,
+    rows: torch.Tensor,
+    k: int,
+    limits: torch.Tensor | None,
+    heads: Sequence[HeadWeights],
+    terms: RewardTerms,
+) -> Reranked:
+    """`select_candidates`, the outputs of each head, one a term, and `write_reranked` in one, for `rows` [G] int64 of
+    the logits [B, V] and the base's hidden states [B, D] of any precision."""
+    from steersman.kernels import cpu
+
+    return cpu.rerank_by_heads(logits, hidden.float().contiguous(), rows, k, limits, heads, terms)
 
 
 def gather_outputs(
@@ -64,7 +101,7 @@ def gather_outputs(
         from steersman.kernels import gather
 
         return gather.gather_outputs(features, weight, bias, tokens.int())
-    if has_numba() and weight.dtype is torch.float32 and weight.is_contiguous() and not weight.requires_grad:
+    if _fits_numba(weight) and not weight.requires_grad:
         from steersman.kernels import cpu
 
         return cpu.gather_outputs(features.float().contiguous(), weight, bias, tokens.contiguous())

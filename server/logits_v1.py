@@ -8,6 +8,7 @@ from collections.abc import Hashable
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 from vllm.v1.sample.ops.bad_words import apply_bad_words
@@ -27,6 +28,8 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         """Whether the operator has added logits processors, which may change the logits of any row."""
         self._partial_rows: PartialRows | None = None
         self._rows: dict[int, Row] = {}
+        self._listed: list[Row] | None = None
+        """The rows, the same list until one comes, goes or moves."""
         self._forced: dict[Any, list[int]] = {}
         """By request: the tokens of an answer that is scored and not sampled."""
         self._changed: set[Any] = set()
@@ -71,6 +74,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         """Follows the batch. vLLM does not list a row as removed when another takes its place at once."""
         if batch_update is None:
             return
+        self._listed = None
         for index in batch_update.removed:
             self._drop(index)
         for index, params, prompt, output in batch_update.added:
@@ -96,13 +100,15 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         """Guided logits [rows, V] float32 for the model's own, of any dtype, which a grammar may have masked. Rows that
         are not guided, and those whose prompt is not read to its end, are the model's."""
         unmasked, self._unmasked = self._unmasked, None
-        rows = list(self._rows.values())
-        if rows and self._partial_rows is not None and (partial := self._partial_rows()[: len(logits)]).any():
+        if self._listed is None:
+            self._listed = list(self._rows.values())
+        rows = self._listed
+        if rows and self._partial_rows is not None and np.count_nonzero(partial := self._partial_rows()[: len(logits)]):
             rows = [row for row in rows if not partial[row.index]]
         if not rows:
             return logits
         biased = None
-        if any(row.request.key in self._changed for row in rows):
+        if self._changed and any(row.request.key in self._changed for row in rows):
             biased = self._bias(logits.to(torch.float32, copy=True), sampling_metadata)
         guided = logits.float() if unmasked is None else unmasked.float()
         self.runtime.step(guided, rows, biased=biased, hidden=self._hidden)

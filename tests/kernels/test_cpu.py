@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from steersman.kernels import cpu, dispatch, reference
-from steersman.kernels.arguments import RewardTerms
+from steersman.kernels.arguments import HeadWeights, RewardTerms
 
 VOCABULARY = 120
 
@@ -34,10 +34,11 @@ def test_rows_and_scores_are_the_twins(lines: int, k: int, terms: int) -> None:
     ids, asked, rewards = _ids(lines, k), _terms(lines, terms), 2 * torch.randn(lines, terms, k)
     rewards[(asked.strength == 0).unsqueeze(-1).expand_as(rewards)] = torch.nan
     ours, twins = logits.clone(), logits.clone()
-    scores = cpu.reward_rerank(ours, rows, ids, base, asked, rewards)
+    scores, broken = cpu.reward_rerank(ours, rows, ids, base, asked, rewards)
     expected = reference.reward_rerank(twins, rows, ids, base, asked, rewards)
     torch.testing.assert_close(scores, expected, rtol=0, atol=2e-5)
     torch.testing.assert_close(ours, twins, rtol=0, atol=2e-5)
+    assert torch.equal(broken, expected[:, 0].isnan())
     untouched = sorted(set(range(lines + 2)) - set(rows.tolist()))
     assert torch.equal(ours[untouched], logits[untouched])
 
@@ -50,7 +51,8 @@ def test_a_row_with_a_score_that_is_not_finite_stays_as_it_was(value: float) -> 
     one = torch.ones(3, 1)
     written = logits.clone()
     terms = RewardTerms(one, one, torch.zeros(3, 1), torch.zeros(3, 1, dtype=torch.int32))
-    scores = cpu.reward_rerank(written, torch.arange(3), _ids(3, 6), base, terms, rewards)
+    scores, broken = cpu.reward_rerank(written, torch.arange(3), _ids(3, 6), base, terms, rewards)
+    assert broken.tolist() == [n == line for n in range(3)]
     assert scores.isnan().all(dim=-1).tolist() == [n == line for n in range(3)]
     assert torch.equal(written[line], logits[line])
     assert not torch.equal(written[(line + 1) % 3], logits[(line + 1) % 3])
@@ -60,8 +62,9 @@ def test_a_row_without_a_candidate_stays_as_it_was() -> None:
     logits, base = torch.randn(1, VOCABULARY), torch.full((1, 4), -torch.inf)
     written, one = logits.clone(), torch.ones(1, 1)
     terms = RewardTerms(one, one, one, torch.zeros(1, 1, dtype=torch.int32))
-    scores = cpu.reward_rerank(written, torch.tensor([0]), _ids(1, 4), base, terms, torch.randn(1, 1, 4))
+    scores, broken = cpu.reward_rerank(written, torch.tensor([0]), _ids(1, 4), base, terms, torch.randn(1, 1, 4))
     assert bool(scores.isnan().all())
+    assert broken.tolist() == [True]
     assert torch.equal(written, logits)
 
 
@@ -69,7 +72,7 @@ def test_without_strength_candidates_keep_their_bits() -> None:
     base, none = 5 * torch.randn(4, 9), torch.zeros(4, 1)
     terms = RewardTerms(none, torch.ones(4, 1), none, torch.zeros(4, 1, dtype=torch.int32))
     logits = torch.randn(4, VOCABULARY)
-    scores = cpu.reward_rerank(logits, torch.arange(4), _ids(4, 9), base, terms, torch.randn(4, 1, 9))
+    scores, _ = cpu.reward_rerank(logits, torch.arange(4), _ids(4, 9), base, terms, torch.randn(4, 1, 9))
     assert torch.equal(scores, base)
 
 
@@ -88,7 +91,7 @@ def test_what_is_not_contiguous_float32_goes_to_the_twin(
     }[kind]
     one, ids, base = torch.ones(2, 1), _ids(2, 5), torch.randn(2, 5)
     terms = RewardTerms(one, one, one, torch.zeros(2, 1, dtype=torch.int32))
-    scores = dispatch.write_reranked(logits, torch.arange(2), ids, base, terms, torch.randn(2, 1, 5))
+    scores, _ = dispatch.write_reranked(logits, torch.arange(2), ids, base, terms, torch.randn(2, 1, 5))
     assert bool(called) is uses_numba
     torch.testing.assert_close(logits.gather(1, ids).float(), scores, rtol=1e-2, atol=1e-2)
     assert int((logits > -torch.inf).sum()) == 10
@@ -102,3 +105,82 @@ def test_outputs_of_tokens_are_the_whole_layers(has_bias: bool) -> None:
     expected = np.take_along_axis(whole if bias is None else whole + bias.double().numpy(), tokens.numpy(), axis=1)
     outputs = cpu.gather_outputs(features, weight, bias, tokens)
     np.testing.assert_allclose(outputs.numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("k", "limits"), [(1, None), (10, None), (40, [40, 1, 7])])
+def test_candidates_are_the_most_likely_tokens_with_their_log_probabilities(k: int, limits: list[int] | None) -> None:
+    logits = 4 * torch.randn(5, VOCABULARY)
+    logits[torch.rand(5, VOCABULARY) < 0.2] = -torch.inf
+    rows = torch.randperm(5)[:3]
+    wanted = None if limits is None else torch.tensor(limits).unsqueeze(1)
+    ids, values, logprobs = cpu.select_candidates(logits, rows, k, wanted)
+    expected = reference.select_candidates(logits[rows].double(), k, wanted)
+    assert torch.equal(ids, expected[0])
+    assert torch.equal(values.double(), expected[1])
+    torch.testing.assert_close(logprobs.double(), expected[2], rtol=0, atol=1e-5)
+
+
+def test_tied_candidates_are_ordered_by_id_and_all_differ() -> None:
+    logits = torch.randint(3, (4, VOCABULARY)).float()
+    logits[3] = -torch.inf
+    ids, values, _ = cpu.select_candidates(logits, torch.arange(4), 7)
+    best = [sorted(range(VOCABULARY), key=lambda token: (-row[token], token))[:7] for row in logits.tolist()]
+    assert ids.tolist() == best
+    assert bool(values[3].isneginf().all())
+
+
+def test_a_row_with_nan_has_no_candidates_but_nan() -> None:
+    logits = torch.randn(2, VOCABULARY)
+    logits[1, random.randrange(VOCABULARY)] = math.nan
+    ids, values, logprobs = cpu.select_candidates(logits, torch.arange(2), 5)
+    assert values.isnan().all(dim=1).tolist() == logprobs.isnan().all(dim=1).tolist() == [False, True]
+    assert bool(((ids >= 0) & (ids < VOCABULARY)).all())
+
+
+def test_log_probabilities_are_exact_whatever_the_spread() -> None:
+    for spread in (0.01, 1.0, 30.0, 300.0):
+        logits = spread * torch.randn(3, 5000)
+        _, _, logprobs = cpu.select_candidates(logits, torch.arange(3), 4)
+        expected = logits.double().log_softmax(dim=-1).topk(4).values
+        torch.testing.assert_close(logprobs.double(), expected, rtol=3e-7, atol=3e-6)
+
+
+def _head(hidden: int, width: int, rank: int) -> HeadWeights:
+    shapes = ((hidden, width), (width,), (width, rank), (rank,), (VOCABULARY, rank), (VOCABULARY,))
+    return HeadWeights(*(torch.randn(shape) / shape[0] ** 0.5 for shape in shapes))
+
+
+def _outputs(head: HeadWeights, hidden: torch.Tensor) -> torch.Tensor:
+    own = [tensor.double() for tensor in vars(head).values() if isinstance(tensor, torch.Tensor)]
+    inner, inner_bias, outer, outer_bias, tokens, bias = own
+    middle = hidden.double() @ inner + inner_bias
+    return (middle * middle.sigmoid() @ outer + outer_bias) @ tokens.T + bias
+
+
+@pytest.mark.parametrize(("lines", "sizes"), [(1, [(16, 8, 4)]), (7, [(13, 5, 3), (13, 17, 9)])])
+def test_heads_are_chosen_for_computed_and_written_as_step_by_step(
+    lines: int, sizes: list[tuple[int, int, int]]
+) -> None:
+    logits, hidden = 2 * torch.randn(lines + 2, VOCABULARY), torch.randn(lines + 2, sizes[0][0])
+    rows, heads, asked = torch.randperm(lines + 2)[:lines], [_head(*size) for size in sizes], _terms(lines, len(sizes))
+    written, expected = logits.clone(), logits.clone()
+    done = cpu.rerank_by_heads(written, hidden, rows, 6, None, heads, asked)
+    ids, values, logprobs = reference.select_candidates(logits[rows], 6)
+    rewards = torch.stack([_outputs(head, hidden)[rows].gather(1, ids) for head in heads], dim=1)
+    scores = reference.reward_rerank(expected, rows, ids, values, asked, rewards.float())
+    assert torch.equal(done.ids, ids)
+    assert torch.equal(done.values, values)
+    assert not bool(done.broken.any())
+    for ours, theirs in ((done.logprobs, logprobs), (done.rewards.double(), rewards), (done.scores, scores)):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-5)
+    torch.testing.assert_close(written, expected, rtol=0, atol=3e-5)
+
+
+def test_a_row_whose_hidden_state_is_not_finite_stays_as_it_was() -> None:
+    logits, hidden = torch.randn(3, VOCABULARY), torch.randn(3, 16)
+    hidden[1, random.randrange(16)] = math.nan
+    written, one = logits.clone(), torch.ones(3, 1)
+    terms = RewardTerms(one, one, one, torch.zeros(3, 1, dtype=torch.int32))
+    done = cpu.rerank_by_heads(written, hidden, torch.arange(3), 4, None, [_head(16, 8, 4)], terms)
+    assert done.broken.tolist() == [False, True, False]
+    assert torch.equal(written[1], logits[1])

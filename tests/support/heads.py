@@ -29,7 +29,7 @@ def random_head(rng: random.Random, name: str, role: str, vocabulary: int) -> He
 def head_table(head: FrozenHead, hidden: torch.Tensor) -> torch.Tensor:
     """Outputs [B, V] for hidden states [B, D], in float64 and token by token."""
     inner, inner_bias, outer, outer_bias, tokens, bias = (
-        getattr(head, f"_{name}").double() for name in ("inner", "inner_bias", "outer", "outer_bias", "tokens", "bias")
+        getattr(head.weights, name).double() for name in ("inner", "inner_bias", "outer", "outer_bias", "tokens", "bias")
     )
     middle = hidden.double() @ inner + inner_bias
     features = (middle / (1 + torch.exp(-middle))) @ outer + outer_bias
