@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from steersman.kernels.dispatch import compile_gather, gather_outputs
+from steersman.kernels.arguments import BlendedRows, BlendRows
+from steersman.kernels.dispatch import blend_head, choose_rank, compile_gather, compile_head_blend, gather_outputs
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,14 @@ class FrozenHead:
     """A head that is not trained any more, without what a module adds to every call: an OutputLayer."""
 
     def __init__(self, head: Head, device: torch.device | str) -> None:
-        def move(parameter: torch.Tensor) -> torch.Tensor:
-            return parameter.detach().float().to(device).contiguous()
+        def move(parameter: torch.Tensor, more: int = 0) -> torch.Tensor:
+            return F.pad(parameter.detach().float(), (0, more)).to(device).contiguous()
 
-        self._inner, self._inner_bias = move(head.inner.weight.t()), move(head.inner.bias)
-        self._outer, self._outer_bias = move(head.outer.weight.t()), move(head.outer.bias)
-        self._tokens, self._bias = move(head.tokens), move(head.bias)
         self.shape = head.shape
+        more = choose_rank(self.shape.rank, torch.device(device)) - self.shape.rank
+        self._inner, self._inner_bias = move(head.inner.weight.t()), move(head.inner.bias)
+        self._outer, self._outer_bias = move(head.outer.weight.t(), more), move(head.outer.bias, more)
+        self._tokens, self._bias = move(head.tokens, more), move(head.bias)
         self.device = self._bias.device
 
     @property
@@ -98,8 +100,13 @@ class FrozenHead:
         """Compiles on a GPU what `at` launches."""
         compile_gather(self._tokens, self._bias)
 
+    def warm_up_blend(self, vocabulary: int) -> None:
+        """Compiles on a GPU what `blend` launches over logits [B, vocabulary]."""
+        compile_head_blend(self._tokens, self._bias, vocabulary)
+
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
-        """f(h) [G, R] float32 of hidden states [G, D], as Head.features."""
+        """f(h) [G, R] float32 of hidden states [G, D], as Head.features, followed by zeros where the device reads
+        longer rows faster."""
         middle = torch.addmm(self._inner_bias, hidden.float(), self._inner)
         return torch.addmm(self._outer_bias, F.silu(middle, inplace=True), self._outer)
 
@@ -110,6 +117,13 @@ class FrozenHead:
     def at(self, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Outputs [G, k] float32 for the tokens [G, k], as Head.at."""
         return gather_outputs(features, self._tokens, self._bias, tokens)
+
+    def blend(
+        self, logits: torch.Tensor, features: torch.Tensor, asked: BlendRows, samples: int, gated: bool
+    ) -> BlendedRows:
+        """Mixes log π₀ + outputs into rows of the base's `logits` in place, by `kernels.head_blend`; for a device with
+        kernels."""
+        return blend_head(logits, features, self._tokens, self._bias, asked, samples, gated)
 
 
 def build_head(tensors: dict[str, torch.Tensor]) -> Head:
