@@ -49,6 +49,8 @@ def all_contests(
         yield _gather(device, rows, vocabulary)
         for samples in (0, 1000):
             yield _blend(device, rows, vocabulary, samples)
+        for gated in (False, True):
+            yield _head_blend(device, rows, vocabulary, gated)
         yield _attention(device, rows, context)
 
 
@@ -152,6 +154,41 @@ def _blend(device: torch.device, rows: int, vocabulary: int, samples: int) -> Co
         make_inputs,
         {OURS: ours, EAGER: rival, COMPILED: _compiled(rival)},
         lambda base, policy, asked: rivals.blend(base.double(), policy.double(), asked, 0),
+    )
+
+
+def _head_blend(device: torch.device, rows: int, vocabulary: int, gated: bool, rank: int = 160) -> Contest:
+    from steersman.kernels.head_blend import head_blend, make_workspace
+
+    workspace = make_workspace(rows, vocabulary, device)
+
+    def make_inputs() -> Inputs:
+        whole = torch.tensor([[0.3, 0.7]], device=device).expand(rows, 2).contiguous()
+        threshold = torch.full((rows,), -1.0 if gated else -torch.inf, device=device)
+        lines, seeds = torch.arange(rows, device=device, dtype=torch.int32), torch.zeros(rows, device=device).long()
+        sizes = ((rows, vocabulary), (rows, rank), (vocabulary, rank), (vocabulary,))
+        logits, features, weight, bias = (torch.randn(*size, device=device) for size in sizes)
+        return logits, features, weight / rank**0.5, bias, BlendRows(lines, threshold, whole, whole, seeds)
+
+    def ours(
+        logits: torch.Tensor, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, asked: BlendRows
+    ) -> Tensors:
+        blended = head_blend(logits, features, weight, bias, asked, workspace, gated=gated)
+        return blended.kl, logits, blended.base, blended.guided
+
+    def truth(*inputs: Any) -> Tensors:
+        return rivals.head_blend(*(x.double() if _is_float(x) else x for x in inputs))
+
+    # U, and of each row the base's logits read, their copy and the guided row twice written.
+    least = 4 * (vocabulary * (rank + 1) + 4 * rows * vocabulary)
+    return Contest(
+        f"head_blend, R = {rank}, {'a gate' if gated else 'no gate'}",
+        f"({rows}, {vocabulary})",
+        rows,
+        least,
+        make_inputs,
+        {OURS: ours, EAGER: rivals.head_blend, COMPILED: _compiled(rivals.head_blend)},
+        truth,
     )
 
 

@@ -79,6 +79,16 @@ def blend(base: torch.Tensor, policy: torch.Tensor, asked: BlendRows, samples: i
     return kl, base
 
 
+def head_blend(
+    base: torch.Tensor, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, asked: BlendRows
+) -> Tensors:
+    """As `kernels.head_blend.head_blend` over all rows in order: the policy's logits [B, V] are made first. Returns the
+    exact KL [B], `base`, written, and copies of it before and after."""
+    before = base.clone()
+    kl, _ = blend(base, base + F.linear(features, weight, bias), asked, 0)
+    return kl, base, before, base.clone()
+
+
 def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache_keys: torch.Tensor, cache_values: torch.Tensor,
     tables: torch.Tensor, lengths: torch.Tensor, k: int, scale: float,

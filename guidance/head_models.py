@@ -160,6 +160,11 @@ class HeadPolicy(HeadModel):
     kind = "policy_head"
     adds_base = True
 
+    def warm_up(self) -> None:
+        """Compiles on a GPU what a step would otherwise have to."""
+        super().warm_up()
+        self.head.warm_up_blend(self.base.vocabulary)
+
 
 HEAD_KINDS = (HeadReward.kind, HeadPolicy.kind)
 """Kinds of models that are proven on the base's hidden states."""

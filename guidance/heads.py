@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from steersman.kernels.arguments import HeadWeights
-from steersman.kernels.dispatch import compile_gather, gather_outputs
+from steersman.kernels.arguments import BlendedRows, BlendRows, HeadWeights
+from steersman.kernels.dispatch import blend_head, choose_rank, compile_gather, compile_head_blend, gather_outputs
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,19 @@ class FrozenHead:
     """A head that is not trained any more, without what a module adds to every call: an OutputLayer."""
 
     def __init__(self, head: Head, device: torch.device | str) -> None:
-        def move(parameter: torch.Tensor) -> torch.Tensor:
-            return parameter.detach().float().to(device).contiguous()
+        def move(parameter: torch.Tensor, more: int = 0) -> torch.Tensor:
+            return F.pad(parameter.detach().float(), (0, more)).to(device).contiguous()
 
+        self.shape = head.shape
+        more = choose_rank(self.shape.rank, torch.device(device)) - self.shape.rank
         self.weights = HeadWeights(
             inner=move(head.inner.weight.t()),
             inner_bias=move(head.inner.bias),
-            outer=move(head.outer.weight.t()),
-            outer_bias=move(head.outer.bias),
-            tokens=move(head.tokens),
+            outer=move(head.outer.weight.t(), more),
+            outer_bias=move(head.outer.bias, more),
+            tokens=move(head.tokens, more),
             bias=move(head.bias),
         )
-        self.shape = head.shape
         self.device = self.weights.bias.device
 
     @property
@@ -104,8 +105,13 @@ class FrozenHead:
         """Compiles on a GPU what `at` launches."""
         compile_gather(self.weights.tokens, self.weights.bias)
 
+    def warm_up_blend(self, vocabulary: int) -> None:
+        """Compiles on a GPU what `blend` launches over logits [B, vocabulary]."""
+        compile_head_blend(self.weights.tokens, self.weights.bias, vocabulary)
+
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
-        """f(h) [G, R] float32 of hidden states [G, D], as Head.features."""
+        """f(h) [G, R] float32 of hidden states [G, D], as Head.features, followed by zeros where the device reads
+        longer rows faster."""
         own = self.weights
         middle = torch.addmm(own.inner_bias, hidden.float(), own.inner)
         return torch.addmm(own.outer_bias, F.silu(middle, inplace=True), own.outer)
@@ -117,6 +123,13 @@ class FrozenHead:
     def at(self, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Outputs [G, k] float32 for the tokens [G, k], as Head.at."""
         return gather_outputs(features, self.weights.tokens, self.weights.bias, tokens)
+
+    def blend(
+        self, logits: torch.Tensor, features: torch.Tensor, asked: BlendRows, samples: int, gated: bool
+    ) -> BlendedRows:
+        """Mixes log π₀ + outputs into rows of the base's `logits` in place, by `kernels.head_blend`; for a device with
+        kernels."""
+        return blend_head(logits, features, self.weights.tokens, self.weights.bias, asked, samples, gated)
 
 
 def build_head(tensors: dict[str, torch.Tensor]) -> Head:

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from steersman.guidance.heads import FrozenHead
 from steersman.guidance.rows import Row
 from steersman.guidance.transfer import take_rows
 
@@ -111,6 +112,16 @@ class Readings:
         if outputs.adds_base:
             values = values + self._base(rows).to(values.device).gather(1, tokens)
         return values
+
+    def find_head(
+        self, model: str, rows: Sequence[Row], device: torch.device
+    ) -> tuple[FrozenHead, torch.Tensor] | None:
+        """The head on `device` that changes the base's logits, and its features [len(rows), R]; None where the model's
+        outputs are something else. Every row's are there."""
+        outputs = self._outputs[model]
+        if not outputs.adds_base or not isinstance(outputs.layer, FrozenHead) or outputs.layer.device != device:
+            return None
+        return outputs.layer, outputs.take(rows)
 
     def _base(self, rows: Sequence[Row]) -> torch.Tensor:
         assert self._logits is not None

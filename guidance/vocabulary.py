@@ -14,7 +14,7 @@ from steersman.guidance.rows import Row, Steered
 from steersman.guidance.transfer import take_rows, to_device
 from steersman.guidance.transforms import build_combination, explain_broken
 from steersman.guidance.work import Failure
-from steersman.kernels.arguments import BlendRows
+from steersman.kernels.arguments import BlendedRows, BlendRows
 from steersman.kernels.dispatch import blend_policy, has_kernels
 from steersman.kernels.reference import add_rewards, blend_logits, find_peaks
 
@@ -64,8 +64,8 @@ def _blend_by_kernel(
     biased: torch.Tensor | None,
 ) -> None:
     """One policy a row; the kernel decides on which side of its gate a row is."""
-    index = to_device([s.row.index for s in steered], logits.device)
-    base = logits[index]
+    rows = [s.row for s in steered]
+    index = to_device([row.index for row in rows], logits.device)
     asked = BlendRows(
         rows=index.int(),
         threshold=to_device(
@@ -75,15 +75,29 @@ def _blend_by_kernel(
         below=to_device([_coefficients(s.row.request.plan.below) for s in steered], logits.device, torch.float32),
         seeds=to_device([choose_seed(s.row) if samples else 0 for s in steered], logits.device),
     )
-    said = readings.gather(policy, [s.row for s in steered]).to(logits.device)
-    blended = blend_policy(logits, said, asked, samples)
+    head = readings.find_head(policy, rows, logits.device)
+    if head is None:
+        done = _blend_outputs(logits, index, readings.gather(policy, rows).to(logits.device), asked, samples)
+    else:
+        layer, features = head
+        done = layer.blend(logits, features, asked, samples, any(s.gate is not None for s in steered))
+    totals = (done.base_total, done.guided_total)
+    _record(steered, VocabularyStep(done.base, done.guided, *totals, done.changed, done.opened.bool()))
+    if biased is not None:
+        shown = done.guided.masked_fill(biased[index].isneginf(), -torch.inf)
+        logits.index_copy_(0, index, torch.where(_is_possible(shown), shown, done.base))
+
+
+def _blend_outputs(
+    logits: torch.Tensor, index: torch.Tensor, policy: torch.Tensor, asked: BlendRows, samples: int
+) -> BlendedRows:
+    """Blends logits [G, V] of a policy into the rows `index` [G]."""
+    base = logits[index]
+    blended = blend_policy(logits, policy, asked, samples)
     guided = logits[index]
     (base_total, base_best), (guided_total, guided_best) = find_peaks(base), find_peaks(guided)
-    changed = base_best != guided_best
-    _record(steered, VocabularyStep(base, guided, base_total, guided_total, changed, blended.opened.bool()))
-    if biased is not None:
-        shown = guided.masked_fill(biased[index].isneginf(), -torch.inf)
-        logits.index_copy_(0, index, torch.where(_is_possible(shown), shown, base))
+    outcome = (blended.kl, blended.estimate, blended.opened)
+    return BlendedRows(*outcome, base, guided, base_total, guided_total, base_best != guided_best)
 
 
 def _blend(

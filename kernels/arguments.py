@@ -93,3 +93,16 @@ class Blended:
     """float32, nats: the same from samples; the exact one where none are drawn."""
     opened: torch.Tensor
     """int32: 1 where the gate is open."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlendedRows(Blended):
+    """What became of each row, with its logits before and after, [B, V] float32; the others [B]."""
+
+    base: torch.Tensor
+    guided: torch.Tensor
+    base_total: torch.Tensor
+    """float32: log-sum-exp of `base`."""
+    guided_total: torch.Tensor
+    changed: torch.Tensor
+    """bool: whether no token is the most likely one in both."""

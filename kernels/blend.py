@@ -20,7 +20,7 @@ _PART = 4096
 _SPLITS = 128
 _GROUPS = 8192
 GROUP = 32
-_STATISTICS = 5
+STATISTICS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def make_workspace(rows: int, vocabulary: int, device: torch.device) -> BlendWor
     tiles = triton.cdiv(vocabulary, _TILE)
     splits = most_splits(tiles)
     return BlendWorkspace(
-        torch.empty(rows, splits, _STATISTICS, dtype=torch.float32, device=device),
+        torch.empty(rows, splits, STATISTICS, dtype=torch.float32, device=device),
         torch.empty(rows, tiles * (_TILE // GROUP), dtype=torch.float32, device=device),
         torch.empty(rows, tiles * (_TILE // GROUP), dtype=torch.float32, device=device),
     )
@@ -77,21 +77,18 @@ def plan_launches(
 ) -> list[Launch]:
     """The launches, in order."""
     rows, vocabulary = policy.shape
-    if not 0 <= samples <= LARGEST_SAMPLE:
-        raise ValueError(f"samples: {samples} is not between 0 and {LARGEST_SAMPLE}")
+    require_samples(samples)
     require_rows(base=base, policy=policy)
     require_contiguous(
         rows=asked.rows, threshold=asked.threshold, above=asked.above, below=asked.below, seeds=asked.seeds
     )
     tiles = triton.cdiv(vocabulary, _TILE)
     split = split_rows(rows, tiles)
-    groups = triton.cdiv(vocabulary, GROUP)
     logits = dict(
         base=base, base_stride=base.stride(0), policy=policy, policy_stride=policy.stride(0), rows=asked.rows,
         vocabulary=vocabulary,
     )  # fmt: skip
     merged = dict(partial=workspace.partial, partial_stride=workspace.partial.stride(0), splits=split.splits)
-    padded = max(_GROUPS, triton.next_power_of_2(groups))
     splits = max(_SPLITS, triton.next_power_of_2(split.splits))
     stream = Launch(
         _stream,
@@ -104,20 +101,6 @@ def plan_launches(
         dict(TILE=_TILE, GROUP=GROUP, SAMPLED=samples > 0),
         warps=4 if is_small() else 8,
     )  # fmt: skip
-    sample = Launch(
-        _sample,
-        (rows,),
-        dict(
-            **logits, **merged, groups=workspace.groups, cumulative=workspace.cumulative,
-            groups_stride=workspace.groups.stride(0), count=groups, seeds=asked.seeds, samples=samples,
-            estimate=blended.estimate,
-        ),
-        dict(
-            GROUPS=padded, STEPS=padded.bit_length(), GROUP=GROUP,
-            SAMPLES=LARGEST_SAMPLE, SPLITS=splits,
-        ),
-        warps=8,
-    )  # fmt: skip
     blend = Launch(
         _blend,
         (rows, triton.cdiv(vocabulary, _PART)),
@@ -128,7 +111,39 @@ def plan_launches(
         dict(PART=_PART, SPLITS=splits, SAMPLED=samples > 0),
         warps=8,
     )  # fmt: skip
-    return [stream, sample, blend] if samples else [stream, blend]
+    if not samples:
+        return [stream, blend]
+    return [stream, plan_sample(base, policy, asked, workspace, split.splits, splits, samples, blended.estimate), blend]
+
+
+def require_samples(samples: int) -> None:
+    """Raises ValueError for more draws than a kernel makes."""
+    if not 0 <= samples <= LARGEST_SAMPLE:
+        raise ValueError(f"samples: {samples} is not between 0 and {LARGEST_SAMPLE}")
+
+
+def plan_sample(
+    base: torch.Tensor, policy: torch.Tensor, asked: BlendRows, workspace: BlendWorkspace, splits: int, bucket: int,
+    samples: int, estimate: torch.Tensor,
+) -> Launch:  # fmt: skip
+    """The launch that writes `estimate` [B], of so many samples, once `workspace` holds the groups of every row and the
+    partial sums of `splits` splits, which are compiled for up to `bucket`."""
+    rows, vocabulary = policy.shape
+    groups = triton.cdiv(vocabulary, GROUP)
+    padded = max(_GROUPS, triton.next_power_of_2(groups))
+    return Launch(
+        _sample,
+        (rows,),
+        dict(
+            base=base, base_stride=base.stride(0), policy=policy, policy_stride=policy.stride(0), rows=asked.rows,
+            vocabulary=vocabulary, partial=workspace.partial, partial_stride=workspace.partial.stride(0),
+            splits=splits, groups=workspace.groups, cumulative=workspace.cumulative,
+            groups_stride=workspace.groups.stride(0), count=groups, seeds=asked.seeds, samples=samples,
+            estimate=estimate,
+        ),
+        dict(GROUPS=padded, STEPS=padded.bit_length(), GROUP=GROUP, SAMPLES=LARGEST_SAMPLE, SPLITS=bucket),
+        warps=8,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tiles", "tiles_each"])
@@ -181,7 +196,7 @@ def _stream(
 
 
 @triton.jit
-def _merge(partial, partial_stride, splits, line, SPLITS: tl.constexpr):
+def merge_partial(partial, partial_stride, splits, line, SPLITS: tl.constexpr):
     """log Σ exp of policy and base, and KL(policy‖base), of one row."""
     parts = tl.arange(0, SPLITS)
     there = parts < splits
@@ -205,7 +220,7 @@ def _sample(
 ):  # fmt: skip
     line = tl.program_id(0).to(tl.int64)
     row = tl.maximum(tl.load(rows + line), 0).to(tl.int64)
-    p_total, q_total, _ = _merge(partial, partial_stride, splits, line, SPLITS)
+    p_total, q_total, _ = merge_partial(partial, partial_stride, splits, line, SPLITS)
     places = tl.arange(0, GROUPS)
     mass = tl.load(groups + line * groups_stride + places, mask=places < count, other=-float("inf"))
     running = tl.cumsum(tl.exp(mass - p_total), axis=0)
@@ -250,7 +265,7 @@ def _blend(
     PART: tl.constexpr, SPLITS: tl.constexpr, SAMPLED: tl.constexpr,
 ):  # fmt: skip
     line, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    _, _, exact = _merge(partial, partial_stride, splits, line, SPLITS)
+    _, _, exact = merge_partial(partial, partial_stride, splits, line, SPLITS)
     decisive = exact
     if SAMPLED:
         decisive = tl.load(estimate + line)

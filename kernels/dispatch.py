@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 
 from steersman.kernels import reference
-from steersman.kernels.arguments import Blended, BlendRows, HeadWeights, Reranked, RewardTerms
+from steersman.kernels.arguments import Blended, BlendedRows, BlendRows, HeadWeights, Reranked, RewardTerms
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -108,6 +108,12 @@ def gather_outputs(
     return reference.gather_outputs(features, weight, bias, tokens)
 
 
+def choose_rank(rank: int, device: torch.device) -> int:
+    """Channels that a linear layer should have there, the last of them 0: rows at multiples of 64 bytes are read 16
+    bytes at a time, others 4."""
+    return -(-rank // 16) * 16 if has_kernels(device) else rank
+
+
 def compile_gather(weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Compiles what `gather_outputs` launches for a layer; nothing where there are no kernels."""
     if not has_kernels(weight.device):
@@ -124,6 +130,32 @@ def blend_policy(logits: torch.Tensor, policy: torch.Tensor, asked: BlendRows, s
 
     workspace = make_workspace(len(policy), policy.shape[-1], logits.device)
     return policy_blend(logits, policy, asked, workspace, samples)
+
+
+def blend_head(
+    logits: torch.Tensor,
+    features: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    asked: BlendRows,
+    samples: int,
+    gated: bool,
+) -> BlendedRows:
+    """`kernels.head_blend.head_blend` with a workspace of its own."""
+    from steersman.kernels.head_blend import head_blend, make_workspace
+
+    workspace = make_workspace(len(features), logits.shape[-1], logits.device)
+    return head_blend(logits, features.contiguous(), weight, bias, asked, workspace, samples, gated)
+
+
+def compile_head_blend(weight: torch.Tensor, bias: torch.Tensor, vocabulary: int) -> None:
+    """Compiles what `blend_head` launches over logits [B, vocabulary]; nothing where there are no kernels."""
+    if not has_kernels(weight.device):
+        return
+    from steersman.kernels.production import distinct_launches, head_blend_launches
+
+    for launch in distinct_launches(head_blend_launches(weight.dtype, weight.shape[1], vocabulary)).values():
+        launch.compile()
 
 
 def attend_candidates(

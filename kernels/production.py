@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 import torch
 import triton
 
-from steersman.kernels import attention, blend, gather, rerank, topk
-from steersman.kernels.arguments import Blended, BlendRows, RewardTerms
+from steersman.kernels import attention, blend, gather, head_blend, rerank, topk
+from steersman.kernels.arguments import Blended, BlendedRows, BlendRows, RewardTerms
 from steersman.kernels.launch import Launch
 
 VOCABULARIES = (32_000, 128_256)
@@ -29,7 +29,9 @@ def production_launches() -> dict[str, Launch]:
             launches |= attention_launches(dtype, width, heads=2, shared=7)
     for dtype in (torch.bfloat16, torch.float32):
         launches |= output_layer_launches(dtype, rank=1024, bias=False) | output_layer_launches(dtype, 129, bias=True)
-    return launches
+    # What samples add to the first launch is little; it compiles for seconds.
+    heads = head_blend_launches(torch.float32, 160, VOCABULARIES[-1])
+    return launches | {name: launch for name, launch in heads.items() if not name.startswith("head project, sampled")}
 
 
 def output_layer_launches(dtype: torch.dtype, rank: int, bias: bool) -> dict[str, Launch]:
@@ -39,6 +41,36 @@ def output_layer_launches(dtype: torch.dtype, rank: int, bias: bool) -> dict[str
     own = _tensor(_PADDING, dtype=dtype) if bias else None
     launch = gather.plan_launch(_tensor(_ROWS, rank), weight, own, tokens, outputs)
     return {f"gather, R = {rank}, {_short(dtype)}{', bias' if bias else ''}": launch}
+
+
+def head_blend_launches(dtype: torch.dtype, rank: int, vocabulary: int) -> dict[str, Launch]:
+    """Those that mix a head [vocabulary, rank] of this precision into a base model's logits [B, vocabulary] float32,
+    padded behind each row or not."""
+    padded = triton.cdiv(vocabulary, _PADDING) * _PADDING
+    launches = dict(_head_blend(dtype, rank, vocabulary, vocabulary, ""))
+    if padded != vocabulary:
+        launches |= dict(_head_blend(dtype, rank, vocabulary, padded, ", padded rows"))
+    return launches
+
+
+def _head_blend(
+    dtype: torch.dtype, rank: int, vocabulary: int, stride: int, suffix: str
+) -> Iterator[tuple[str, Launch]]:
+    weight, bias = _tensor(vocabulary, rank, dtype=dtype), _tensor(vocabulary, dtype=dtype)
+    for rows in (_ROWS, 64):
+        numbers, pairs, integers = _tensor(rows), _tensor(rows, 2), _tensor(rows, dtype=torch.int32)
+        asked = BlendRows(integers, numbers, pairs, pairs, _tensor(rows, dtype=torch.int64))
+        whole, flags = _tensor(rows, vocabulary), _tensor(rows, dtype=torch.bool)
+        out = BlendedRows(numbers, numbers, integers, whole, whole, numbers, numbers, flags)
+        workspace = head_blend.make_workspace(rows, vocabulary, _DEVICE)
+        logits, features = _tensor(rows, stride)[:, :vocabulary], _tensor(rows, rank)
+        for kind, samples, gated in (("direct", 0, False), ("gated", 0, True), ("sampled", 1000, True)):
+            project, *sample, settle = head_blend.plan_launches(
+                logits, features, weight, bias, asked, workspace, out, samples, gated
+            )
+            yield f"head project, {kind}, B = {rows}, R = {rank}{suffix}", project
+            yield f"head settle, {kind}{suffix}", settle
+            yield from ((f"head sample{suffix}", launch) for launch in sample)
 
 
 def sampling_launches(vocabulary: int) -> dict[str, Launch]:

@@ -1,11 +1,12 @@
 """The sampling step's kernels in plain torch: what a CPU runs, and the twin that each Triton kernel is held to."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
-from steersman.kernels.arguments import Blended, BlendRows, RewardTerms
+from steersman.kernels.arguments import Blended, BlendedRows, BlendRows, RewardTerms
 
 
 def topk_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -51,19 +52,49 @@ def add_rewards(base: torch.Tensor, bonus: torch.Tensor) -> torch.Tensor:
 
 def policy_blend(base: torch.Tensor, policy: torch.Tensor, asked: BlendRows, samples: int = 0) -> Blended:
     """As `kernels.blend.policy_blend`, but for the samples themselves, which are torch's."""
-    chosen = base[asked.rows.clamp(min=0).long()].float()
-    kl = measure_kl(policy.float(), chosen)
+    chosen, policy = _widen(base[asked.rows.clamp(min=0).long()]), _widen(policy)
+    kl = measure_kl(policy, chosen)
     estimate = kl
     if samples:
         generators = [torch.Generator(base.device).manual_seed(int(seed)) for seed in asked.seeds]
-        estimate = sample_kl(policy.float(), chosen, samples, generators)
+        estimate = sample_kl(policy, chosen, samples, generators)
     opened = estimate > asked.threshold
     coefficients = torch.where(opened.unsqueeze(-1), asked.above, asked.below)
     is_base = (coefficients == torch.tensor([1.0, 0.0], device=base.device)).all(dim=-1)
     written = (asked.rows >= 0) & ~is_base & ~estimate.isnan()
-    blended = blend_logits(chosen, [policy.float()], coefficients)
+    blended = blend_logits(chosen, [policy], coefficients.to(chosen.dtype))
     base[asked.rows[written].long()] = blended[written].to(base.dtype)
     return Blended(kl, estimate, opened.int())
+
+
+def _widen(values: torch.Tensor) -> torch.Tensor:
+    """In float32, or in float64 where that is what they are: then the twin is the truth that others are held to."""
+    return values if values.dtype is torch.float64 else values.float()
+
+
+def head_blend(
+    logits: torch.Tensor,
+    features: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    asked: BlendRows,
+    samples: int = 0,
+) -> BlendedRows:
+    """As `kernels.head_blend.head_blend`, but for the samples themselves, which are torch's."""
+    rows, width = asked.rows.clamp(min=0).long(), logits.shape[1]
+    base = logits[rows].masked_fill((asked.rows < 0).unsqueeze(-1), -torch.inf)
+    outputs = F.linear(features, weight.to(features.dtype), bias.to(features.dtype))[:, :width]
+    policy = base + F.pad(outputs, (0, width - outputs.shape[1]), value=-torch.inf)
+    whole = base.clone()
+    # Every line is a row of its own here, also one whose row is nobody's.
+    places = torch.arange(len(rows), dtype=torch.int32, device=logits.device)
+    blended = policy_blend(whole, policy, replace(asked, rows=places), samples)
+    real = asked.rows >= 0
+    logits[rows[real]] = whole[real]
+    (base_total, _), (guided_total, _) = find_peaks(base), find_peaks(whole)
+    kept = whole.masked_fill(base != base.amax(dim=-1, keepdim=True), -torch.inf).amax(dim=-1)
+    changed = kept < whole.amax(dim=-1)
+    return BlendedRows(*(blended.kl, blended.estimate, blended.opened), base, whole, base_total, guided_total, changed)
 
 
 def candidate_attention(

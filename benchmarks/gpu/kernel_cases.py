@@ -1,7 +1,7 @@
 """What `check_kernels` runs: each kernel at sizes that are served, awkward ones among them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,8 @@ from steersman.kernels.attention import candidate_attention
 from steersman.kernels.blend import make_workspace as make_blend_workspace
 from steersman.kernels.blend import policy_blend
 from steersman.kernels.gather import gather_outputs
+from steersman.kernels.head_blend import head_blend
+from steersman.kernels.head_blend import make_workspace as make_head_workspace
 from steersman.kernels.rerank import reward_rerank
 from steersman.kernels.topk import make_workspace, topk_logprobs
 
@@ -60,6 +62,8 @@ def all_cases(device: torch.device) -> Iterator[Case]:
     for rows, vocabulary, dtype in ((8, 50_257, FP32), (64, 128_256, FP32), (8, 128_256, BF16)):
         yield blend_case(device, rows, vocabulary, dtype)
     yield sampled_case(device, 8, 128_256, 1000)
+    for rows, vocabulary, rank, gated in ((8, 50_257, 129, True), (64, 128_256, 160, False), (150, 32_000, 160, True)):
+        yield head_blend_case(device, rows, vocabulary, rank, gated)
     for sizes in (
         Attended(4, 14, 2, 64, 10, 1, 1100, BF16), Attended(64, 14, 2, 64, 10, 1, 1024, BF16),
         Attended(8, 32, 8, 128, 1, 0, 4096, BF16), Attended(1, 14, 2, 64, 20, 2, 3000, BF16),
@@ -75,6 +79,8 @@ def sanitized_cases(device: torch.device) -> Iterator[Case]:
     yield gather_case(device, 3, 4099, 17, 129, FP32)
     yield blend_case(device, 3, 4099, FP32)
     yield sampled_case(device, 2, 4099, 100)
+    yield head_blend_case(device, 3, 4099, 129, gated=False)
+    yield head_blend_case(device, 20, 1030, 40, gated=True)
     yield attention_case(device, Attended(2, 14, 2, 64, 10, 1, 600, BF16, window=64))
     yield attention_case(device, Attended(3, 4, 2, 24, 5, 2, 130, FP32))
 
@@ -86,6 +92,7 @@ def tiny_cases(device: torch.device) -> Iterator[Case]:
     yield gather_case(device, 2, 300, 5, 40, BF16)
     yield blend_case(device, 2, 300, BF16)
     yield sampled_case(device, 1, 300, 50)
+    yield head_blend_case(device, 2, 300, 20, gated=True)
     yield attention_case(device, Attended(2, 4, 2, 16, 3, 1, 40, FP16))
 
 
@@ -162,6 +169,35 @@ def blend_case(device: torch.device, rows: int, vocabulary: int, dtype: torch.dt
 
     name = f"policy_blend ({rows}, {vocabulary}), {_short(dtype)} policy"
     return Case(name, lambda: _blend_inputs(device, rows, vocabulary, dtype), run, truth)
+
+
+def head_blend_case(device: torch.device, rows: int, vocabulary: int, rank: int, gated: bool) -> Case:
+    """Rows blended with a head, open and closed gates among them, the exact KL, and the sums and copies returned."""
+
+    def make() -> tuple[Any, ...]:
+        base, _, asked = _blend_inputs(device, rows, vocabulary, FP32)
+        weight, bias = torch.randn(vocabulary, rank, device=device), torch.randn(vocabulary, device=device)
+        features = torch.rand(rows, 1, device=device) * torch.randn(rows, rank, device=device) / rank**0.5
+        if gated:
+            kl = reference.head_blend(base.double(), features.double(), weight.double(), bias.double(), asked).kl
+            # Halfway between two rows' own, so that rounding decides nothing.
+            threshold = kl.sort().values[[rows // 2 - 1, rows // 2]].mean().float().expand(rows).contiguous()
+            asked = replace(asked, threshold=threshold, below=asked.below.flip(1).contiguous())
+        return base, features, weight, bias, asked
+
+    def run(*inputs: Any) -> Tensors:
+        base, features, weight, bias, asked = inputs
+        workspace = make_head_workspace(rows, vocabulary, device)
+        blended = head_blend(base, features, weight, bias, asked, workspace, gated=gated)
+        return base, blended.kl, blended.guided, blended.base_total, blended.guided_total, blended.opened
+
+    def truth(*inputs: Any) -> Tensors:
+        whole, features, weight, bias = (tensor.double() for tensor in inputs[:4])
+        exact = reference.head_blend(whole, features, weight, bias, inputs[4])
+        return whole, exact.kl, exact.guided, exact.base_total, exact.guided_total, exact.opened
+
+    name = f"head_blend ({rows}, {vocabulary}), R = {rank}, {'gated' if gated else 'ungated'}"
+    return Case(name, make, run, truth)
 
 
 def sampled_case(device: torch.device, rows: int, vocabulary: int, samples: int) -> Case:

@@ -17,7 +17,7 @@ from steersman.benchmarks.gpu.findings import Findings, stage_parser
 from steersman.processes import running
 
 TOOLS = ("memcheck", "racecheck")
-_KERNELS = "regex=^_(scan|finish|rerank|stream|sample|blend|attend|merge)"
+_KERNELS = "regex=^_(scan|finish|rerank|gather|stream|sample|blend|project|settle|attend|merge)"
 _ERRORS_FOUND = 9
 _SECONDS_EACH = 50
 _STOP_S = 2

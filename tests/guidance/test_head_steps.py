@@ -12,6 +12,8 @@ from steersman.guidance.head_files import POLICY, REWARD
 from steersman.guidance.head_models import HeadModel
 from steersman.guidance.hidden_states import Span
 from steersman.guidance.runtime import GuidanceRuntime
+from tests.support.device import SlowCopy, forbid_host_reads
+from tests.support.gpu_runtime import acting_as_gpu, count_launches
 from tests.support.heads import head_table, random_head
 from tests.support.scripted import END, begin_rows, scripted_runtime
 
@@ -164,6 +166,27 @@ def test_a_gate_on_a_policy_heads_divergence_opens_by_its_own_row(heads: Heads) 
     step(heads, [{"method": "kl_threshold", "policy": "p", "threshold": threshold}] * 6, hidden, guided)
     for n in range(6):
         expected = policy[n] if kl[n] > threshold else base[n]
+        torch.testing.assert_close(guided[n].double().log_softmax(-1), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_on_a_device_with_kernels_a_policy_head_takes_two_launches_and_the_host_waits_for_none(
+    heads: Heads, gated: bool
+) -> None:
+    """However many rows there are, and whatever their strengths; a gate is decided by the second one."""
+    guidances = [{**MIXED, "mix": mix} for mix in (0.2, 1.0, 0.7)]
+    if gated:
+        guidances[1] = {"method": "kl_threshold", "policy": "p", "threshold": 1e-6}
+    logits, hidden = torch.randn(3, WIDTH), heads.hidden(3)
+    logits[2, 7:] = -torch.inf
+    guided, last = logits.clone(), torch.tensor([2, 3, 4])
+    runtime = GuidanceRuntime(heads.runtime.reward_models, END, heads.runtime.policies, copy=SlowCopy)
+    rows = begin_rows(runtime, guidances)
+    with acting_as_gpu(), count_launches() as launches, forbid_host_reads():
+        runtime.step(guided, rows, last, hidden=hidden)
+    assert launches == {"_project": 1, "_settle": 1}
+    for n, mix in enumerate((0.2, 1.0, 0.7)):
+        expected = heads.expected(logits[n], hidden[n], {**MIXED, "mix": mix})
         torch.testing.assert_close(guided[n].double().log_softmax(-1), expected, rtol=0, atol=1e-5)
 
 

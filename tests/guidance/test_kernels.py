@@ -92,7 +92,9 @@ def test_the_distribution_is_the_references(
     atop = {"atop", "tilted"} & set(plan_of(guidance).models)
     assert (launched["_attend"] > 0) == (atop != set(plan_of(guidance).models)) or DEVICE.type == "cuda"
     assert (launched["_rerank"] > 0) == (by_rewards and not budgeted and guidance["top_k"] is not None)
-    assert (launched["_blend"] > 0) == (guidance["method"] in ("mixed", "length_control", "kl_threshold"))
+    blended = guidance["method"] in ("mixed", "length_control", "kl_threshold")
+    by_head = guidance.get("policy") == "tilted"
+    assert (launched["_blend"] > 0, launched["_settle"] > 0) == (blended and not by_head, blended and by_head)
 
 
 def test_rows_that_ask_for_other_things_do_not_touch_one_another(
@@ -116,12 +118,17 @@ def test_what_steps_launch_has_been_compiled_before(
 
     monkeypatch.setattr(Launch, "run", note)
     monte_carlo = {"estimator": "monte_carlo", "samples": 64}
-    methods = [*METHODS.values(), {**METHODS["a threshold"], **monte_carlo}]
+    estimated = [{**METHODS[name], **monte_carlo} for name in ("a threshold", "a threshold on a head")]
+    methods = [*METHODS.values(), *estimated]
     prompts = random_prompts(rng, len(methods), longest=60)
     laws.step(on_kernels, 2 * torch.randn(len(methods), VOCABULARY), prompts, methods)
     laws.step(on_kernels, 2 * torch.randn(1, VOCABULARY), prompts[:1], methods[:1])
-    kernels = {variant[0] for variant in found}
-    assert kernels == {"_scan", "_finish", "_rerank", "_gather", "_stream", "_sample", "_blend", "_attend", "_merge"}
+    mixed = METHODS["a head policy"]
+    laws.step(on_kernels, 2 * torch.randn(17, VOCABULARY), random_prompts(rng, 17, longest=9), [mixed] * 17)
+    assert {variant[0] for variant in found} == {
+        "_scan", "_finish", "_rerank", "_gather", "_stream", "_sample", "_blend", "_project", "_settle", "_attend",
+        "_merge",
+    }  # fmt: skip
     assert not found - compiled
 
 

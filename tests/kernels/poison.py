@@ -11,15 +11,21 @@ _EMPTY = torch.empty
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """New tensors hold NaN, or the largest integer, in the context."""
+    """New tensors hold NaN, the largest integer or True in the context."""
 
     def empty(*size: int, **options: object) -> torch.Tensor:
         tensor = _EMPTY(*size, **options)  # type: ignore[call-overload]
-        return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+        return tensor.fill_(_poison(tensor.dtype))
 
     with mock.patch.object(torch, "empty", empty), mock.patch.object(torch, "empty_like", _poisoned_like):
         yield
 
 
 def _poisoned_like(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.full_like(tensor, torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+    return torch.full_like(tensor, _poison(tensor.dtype))
+
+
+def _poison(dtype: torch.dtype) -> float:
+    if dtype.is_floating_point:
+        return torch.nan
+    return True if dtype is torch.bool else torch.iinfo(dtype).max

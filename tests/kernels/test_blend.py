@@ -50,8 +50,11 @@ def _blended(base: torch.Tensor, policy: torch.Tensor, weights: list[float]) -> 
 
 
 @pytest.mark.parametrize("name", BLENDS)
-@pytest.mark.parametrize("vocabulary", VOCABULARIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype"),
+    [*((v, torch.float32) for v in VOCABULARIES), (300, torch.bfloat16), (300, torch.float16), (4099, torch.bfloat16)],
+    ids=str,
+)
 def test_the_exact_kl_decides_and_the_row_is_blended(name: str, vocabulary: int, dtype: torch.dtype) -> None:
     base, policy = 2 * torch.randn(6, vocabulary), (2 * torch.randn(4, vocabulary)).to(dtype)
     base[3, ::3], policy[1, 1::5] = -torch.inf, -torch.inf
@@ -102,20 +105,20 @@ def test_a_row_without_a_kl_is_not_open_and_keeps_its_bits(name: str, broken: st
 @pytest.mark.parametrize("name", BLENDS)
 @pytest.mark.parametrize("vocabulary", [300, 8192])
 def test_samples_estimate_the_kl_without_bias(name: str, vocabulary: int) -> None:
-    """Sixty estimates of 300 draws: their mean deviates by five standard errors once in two million runs, and draws of
+    """Thirty estimates of 300 draws: their mean deviates by five standard errors once in two million runs, and draws of
     the base instead of the policy would be off by hundreds; a spread outside of these bounds is as unlikely."""
     base, policy = torch.randn(6, vocabulary), torch.randn(1, vocabulary)
     base[3, ::4], policy[0, 1::4] = -torch.inf, -torch.inf
     kl, variance = _exact(base, policy)
-    whole = torch.tensor([[1.0, 0.0]]).expand(60, 2).contiguous()
+    whole = torch.tensor([[1.0, 0.0]]).expand(30, 2).contiguous()
     asked = BlendRows(
-        torch.full((60,), 3, dtype=torch.int32), torch.zeros(60), whole, whole, torch.randint(2**62, (60,))
+        torch.full((30,), 3, dtype=torch.int32), torch.zeros(30), whole, whole, torch.randint(2**62, (30,))
     )
-    drawn = BLENDS[name](base, policy.expand(60, -1), asked, 300).estimate.double()
-    deviation = (drawn.mean() - kl) / (variance / (300 * 60)).sqrt()
+    drawn = BLENDS[name](base, policy.expand(30, -1), asked, 300).estimate.double()
+    deviation = (drawn.mean() - kl) / (variance / (300 * 30)).sqrt()
     assert abs(float(deviation)) < 5, float(deviation)
     spread = float(drawn.var() / (variance / 300))
-    assert 0.3 < spread < 2.4, "the draws of one estimate are not independent"
+    assert 0.2 < spread < 2.8, "the draws of one estimate are not independent"
 
 
 def test_the_samples_depend_on_the_row_s_seed_alone() -> None:
