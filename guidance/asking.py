@@ -16,8 +16,8 @@ from steersman.guidance.rewards import RewardModel, VocabularyReward
 from steersman.guidance.rows import LastTokens, Row
 from steersman.guidance.tokenizers import name_model
 from steersman.guidance.transfer import LateReads, take_rows, to_device
-from steersman.kernels.arguments import HeadWeights
 from steersman.guidance.work import FAULTS, Failure, Fault, Misfit, Work
+from steersman.kernels.arguments import HeadWeights
 
 logger = logging.getLogger(__name__)
 
@@ -205,11 +205,15 @@ class Auxiliaries:
         for name, row in wanted:
             if row.request.error is None and not readings.has(name, row):
                 groups.setdefault(name, {})[row.index] = row
-        for name, group in groups.items():
+        self.read_groups(readings, {name: list(group.values()) for name, group in groups.items()}, last)
+
+    def read_groups(self, readings: Readings, groups: Mapping[str, list[Row]], last: LastTokens) -> None:
+        """As `read`, for rows by the model that has not read them yet; none of them has failed."""
+        for name, rows in groups.items():
             if name in self.heads:
-                self._read_head(readings, name, list(group.values()))
+                self._read_head(readings, name, rows)
                 continue
-            rest = self._take_ahead(readings, name, list(group.values()), last)
+            rest = self._take_ahead(readings, name, rows, last)
             if rest:
                 self._read_now(readings, name, rest, last)
 
@@ -230,8 +234,11 @@ class Auxiliaries:
     ) -> tuple[list[Row], torch.Tensor]:
         """Fails the rows for which `broken` [len(rows)] bool holds; returns those that have not failed yet, and their
         outputs."""
-        failure = Failure(model.name, "not_finite", f"{name_model(model)} returned logits that are not finite numbers")
-        self.fail_where(rows, broken, lambda _: failure)
+        reason = f"{name_model(model)} returned logits that are not finite numbers"
+        before = self.changes
+        self.fail_where(rows, broken, lambda _: Failure(model.name, "not_finite", reason))
+        if self.changes == before:
+            return rows, outputs
         good = [g for g, row in enumerate(rows) if row.request.error is None]
         return [rows[g] for g in good], take_rows(outputs, good) if good else outputs[:0]
 

@@ -65,6 +65,8 @@ class VocabularyStep:
 
     def choose(self, lines: Sequence[int], tokens: torch.Tensor) -> "ChosenStep":
         """What became of `lines` now that their tokens [len(lines)] int64 are known; asks the device for nothing."""
+        if self.rewards is None and self.base.device.type == "cpu":
+            return ChosenStep(self._look_up(np.asarray(lines), tokens.numpy()))
         parts = [self.base, self.guided, self.base_total, self.guided_total, self.changed, self.opened]
         if list(lines) != list(range(len(self.base))):
             line = to_device(lines, self.base.device)
@@ -77,6 +79,14 @@ class VocabularyStep:
         logprobs = guided.gather(1, token).squeeze(-1) - guided_total
         base_logprobs = base.gather(1, token).squeeze(-1) - base_total
         return ChosenStep(torch.stack((logprobs, base_logprobs, changed.float(), opened.float()), dim=-1), rewards)
+
+    def _look_up(self, lines: np.ndarray, tokens: np.ndarray) -> torch.Tensor:
+        """ChosenStep.values, by fewer calls than torch's."""
+        values = np.empty((len(lines), 4), dtype=np.float32)
+        values[:, 0] = self.guided.numpy()[lines, tokens] - self.guided_total.numpy()[lines]
+        values[:, 1] = self.base.numpy()[lines, tokens] - self.base_total.numpy()[lines]
+        values[:, 2], values[:, 3] = self.changed.numpy()[lines], self.opened.numpy()[lines]
+        return torch.from_numpy(values)
 
     def trace(self, line: int, terms: Sequence[RewardTerm]) -> list[dict[str, Any]]:
         """The most likely tokens of a line, whose formula has the reward `terms`, best first."""
@@ -371,7 +381,13 @@ def _stack_rows(steps: Sequence[tuple[CandidateStep, int]]) -> tuple[np.ndarray,
     else:
         parts = zip(*((s.ids[line], s.base_logprobs[line], s.scores[line]) for s, line in steps), strict=True)
         found = [_copy_to_host(part) for part in parts]
-    ids, base, scores = (_stack(rows, padding) for rows, padding in zip(found, (-1, -np.inf, -np.inf), strict=True))
+    widths = {row.shape[0] for row in found[0]}
+    width, ragged = max(widths), len(widths) > 1
+    paddings = (-1, -np.inf, -np.inf)
+    ids, base, scores = (
+        _stack([_pad(row, width, padding) for row in rows] if ragged else rows, width)
+        for rows, padding in zip(found, paddings, strict=True)
+    )
     return ids, base.astype(np.float64), scores.astype(np.float64)
 
 
@@ -380,8 +396,9 @@ def _copy_to_host(rows: Sequence[torch.Tensor]) -> list[np.ndarray]:
     return list(np.split(torch.cat(list(rows)).cpu().numpy(), np.cumsum([row.shape[0] for row in rows])[:-1]))
 
 
-def _stack(rows: Sequence[np.ndarray], padding: float) -> np.ndarray:
-    width = max(row.shape[0] for row in rows)
-    if any(row.shape[0] < width for row in rows):
-        rows = [np.pad(row, (0, width - row.shape[0]), constant_values=padding) for row in rows]
+def _pad(row: np.ndarray, width: int, padding: float) -> np.ndarray:
+    return np.pad(row, (0, width - row.shape[0]), constant_values=padding)
+
+
+def _stack(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
     return np.concatenate(rows).reshape(len(rows), width)

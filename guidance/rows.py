@@ -13,7 +13,6 @@ from steersman.guidance.text_form import Source
 from steersman.guidance.transfer import take_rows, to_device
 from steersman.guidance.work import Fault, Misfit
 
-
 _UNGUIDED = Position()
 """Shared by all positions that the base decodes alone."""
 

@@ -28,7 +28,7 @@ from steersman.guidance.report import Report, summarise
 from steersman.guidance.rows import GuidedRequest, LastTokens, Row, Steered, begin_positions, choose_last_token
 from steersman.guidance.text_form import Source
 from steersman.guidance.transfer import HostCopy, LateReads, copy_to_host, take_rows, to_device
-from steersman.guidance.vocabulary import steer_vocabulary
+from steersman.guidance.vocabulary import VocabularySteering
 from steersman.guidance.work import Work
 from steersman.kernels.dispatch import has_kernels
 
@@ -43,6 +43,16 @@ class _Split:
     by_candidates: list[Steered]
     over_vocabulary: list[Steered]
 
+    def without_failed(self) -> "_Split":
+        """The rows whose guidance has not ended."""
+        return _split([s for s in (*self.by_candidates, *self.over_vocabulary) if s.row.request.error is None])
+
+
+def _split(steered: list[Steered]) -> _Split:
+    return _Split(
+        [s for s in steered if s.formula.has_candidates], [s for s in steered if not s.formula.has_candidates]
+    )
+
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
@@ -56,22 +66,22 @@ class _Batch:
     """Indices of the rows whose guidance has ended."""
     steered: _Split | None
     """The formulas, where they depend on nothing that a step brings."""
+    policies: dict[str, list[Row]]
+    """Rows by the policies that these formulas have."""
 
     @classmethod
     def of(cls, rows: Sequence[Row], changes: int) -> "_Batch":
         """Looks at each row once."""
         live = [row for row in rows if row.request.error is None and not row.request.finished]
         failed = [row.index for row in rows if row.request.error is not None]
-        plans = [row.request.plan for row in live]
-        if all(plan.always_open and not plan.policies for plan in plans):
-            return cls(rows, changes, live, failed, _split([Steered(row, row.request.plan.formula) for row in live]))
-        return cls(rows, changes, live, failed, None)
-
-
-def _split(steered: list[Steered]) -> _Split:
-    return _Split(
-        [s for s in steered if s.formula.has_candidates], [s for s in steered if not s.formula.has_candidates]
-    )
+        if not all(row.request.plan.always_open for row in live):
+            return cls(rows, changes, live, failed, None, {})
+        steered = [Steered(row, row.request.plan.formula) for row in live]
+        policies: dict[str, list[Row]] = {}
+        for s in steered:
+            for name in dict.fromkeys(term.policy for term in s.formula.policies):
+                policies.setdefault(name, []).append(s.row)
+        return cls(rows, changes, live, failed, _split(steered), policies)
 
 
 class GuidanceRuntime:
@@ -93,6 +103,7 @@ class GuidanceRuntime:
         self.models = Auxiliaries(reward_models, policies or {}, eos_token_id, self._late, self.work)
         self.eos_token_id = eos_token_id
         self._candidates = CandidateSteering(self.models, self.work)
+        self._vocabulary = VocabularySteering(self.models.fail_where)
         self._requests: OrderedDict[Hashable, GuidedRequest] = OrderedDict()
         self._batch: _Batch | None = None
         self.hidden_states = HiddenStateStore()
@@ -230,9 +241,10 @@ class GuidanceRuntime:
         """Writes guided logits into `logits` [B, V] float32 for `rows`; every other row keeps its bits.
 
         logits: the base model's own, before anything that a client does to them. rows: of a sequence that is not
-        changed any more; the same one again stands for the same rows in the same places. fed: [B] int64 on the logits' device,
-        the last token of every row of the batch, where the device knows them before the host. biased: [B, V] float32,
-        the same logits after a grammar, bans and biases, -inf where a token is masked; None where no row has any.
+        changed any more; the same one again stands for the same rows in the same places. fed: [B] int64 on the logits'
+        device, the last token of every row of the batch, where the device knows them before the host. biased: [B, V]
+        float32, the same logits after a grammar, bans and biases, -inf where a token is masked; None where no row has
+        any.
         hidden: [B, D], the base's hidden states that the logits were computed from, which heads need.
         Candidates are chosen by `biased`, and masks hold; biases and penalties are left to whoever samples, who applies
         them to what is written here. Scoring a position again is harmless. A row that cannot be scored fails alone: its
@@ -265,13 +277,18 @@ class GuidanceRuntime:
     ) -> None:
         with self.work.timing("writing_seconds"):
             begin_positions(batch.live, last)
-        steered = batch.steered or _split(self._decide(logits, batch.live, readings, last))
+        if batch.steered is None:
+            steered = _split(self._decide(logits, batch.live, readings, last))
+        else:
+            with self.work.timing("policies_seconds"):
+                self.models.read_groups(readings, batch.policies, last)
+            steered = batch.steered if batch.changes == self.models.changes else batch.steered.without_failed()
         if steered.by_candidates:
             self._candidates.steer(logits, steered.by_candidates, readings, last, biased)
         over_vocabulary = self._read_rewards(steered.over_vocabulary, readings, last)
         if over_vocabulary:
             with self.work.timing("writing_seconds"):
-                steer_vocabulary(logits, over_vocabulary, readings, self.models.fail_where, biased)
+                self._vocabulary.steer(logits, over_vocabulary, readings, biased)
         self.work.steps += 1
         self.work.rows += len(steered.by_candidates) + len(steered.over_vocabulary)
 
@@ -307,9 +324,10 @@ class GuidanceRuntime:
     def _read_rewards(self, steered: list[Steered], readings: Readings, last: LastTokens) -> list[Steered]:
         """Reads the rewards of every token, where rows want them; returns the rows that did not fail."""
         wanted = [(term.model, s.row) for s in steered for term in s.formula.rewards]
-        if wanted:
-            with self.work.timing("rewards_seconds"):
-                self.models.read(readings, wanted, last)
+        if not wanted:
+            return steered
+        with self.work.timing("rewards_seconds"):
+            self.models.read(readings, wanted, last)
         return [s for s in steered if s.row.request.error is None]
 
     def _count_savings(self, rows: list[Row], steered: list[Steered], readings: Readings) -> None:

@@ -2,6 +2,7 @@
 are added, and what was done is recorded."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -15,39 +16,89 @@ from steersman.guidance.transfer import take_rows, to_device
 from steersman.guidance.transforms import build_combination, explain_broken
 from steersman.guidance.work import Failure
 from steersman.kernels.arguments import BlendedRows, BlendRows
-from steersman.kernels.dispatch import blend_policy, has_kernels
+from steersman.kernels.dispatch import blend_on_cpu, blend_policy, can_blend_on_cpu, has_kernels
 from steersman.kernels.reference import add_rewards, blend_logits, find_peaks
 
 _FailWhere = Callable[[Sequence[Row], torch.Tensor, Callable[[int], Failure]], None]
 
 
-def steer_vocabulary(
-    logits: torch.Tensor,
-    steered: Sequence[Steered],
-    readings: Readings,
-    fail_where: _FailWhere,
-    biased: torch.Tensor | None = None,
-) -> None:
-    """Writes Σ c log π + β Σ w T(r) of each row up to a constant into `logits` [B, V]; every row's policies and rewards
-    have been read.
+@dataclass(frozen=True, slots=True)
+class _Mixture:
+    """Rows that one policy is mixed into, and nothing else; the same in every step until one comes or goes."""
 
-    fail_where: as Auxiliaries.fail_where. biased: [B, V], -inf where a client has masked a token, as in
-    GuidanceRuntime.step. What is recorded are the models' own distributions, without masks.
-    """
-    groups: dict[tuple[str, int], list[Steered]] = {}
-    rest = []
-    for s in steered:
-        if has_kernels(logits.device) and _is_single(s):
-            samples = 0 if s.gate is None else s.gate.samples
-            groups.setdefault((s.formula.policies[0].policy, samples), []).append(s)
-        else:
-            rest.append(s)
-    for (policy, samples), group in groups.items():
-        _blend_by_kernel(logits, group, readings, policy, samples, biased)
-    for with_rewards in (False, True):
-        part = [s for s in rest if bool(s.formula.rewards) is with_rewards]
-        if part:
-            _blend(logits, part, readings, fail_where, biased)
+    policy: str
+    rows: list[Row]
+    index: torch.Tensor
+    """[G] int64: the rows' places in the logits."""
+    coefficients: torch.Tensor
+    """[G, 2] float32: of log base and log policy."""
+
+
+class VocabularySteering:
+    """Writes Σ c log π + β Σ w T(r) of each row up to a constant."""
+
+    def __init__(self, fail_where: _FailWhere) -> None:
+        """fail_where: as Auxiliaries.fail_where."""
+        self._fail_where = fail_where
+        self._last: tuple[Sequence[Steered], _Mixture | None] = ((), None)
+        """Rows, and the mixture that they are."""
+
+    def steer(
+        self,
+        logits: torch.Tensor,
+        steered: Sequence[Steered],
+        readings: Readings,
+        biased: torch.Tensor | None = None,
+    ) -> None:
+        """Writes rows of `logits` [B, V]; every row's policies and rewards have been read.
+
+        biased: [B, V], -inf where a client has masked a token, as in GuidanceRuntime.step. What is recorded are the
+        models' own distributions, without masks.
+        """
+        if biased is None and self._mix_on_cpu(logits, steered, readings):
+            return
+        groups: dict[tuple[str, int], list[Steered]] = {}
+        rest = []
+        for s in steered:
+            if has_kernels(logits.device) and _is_single(s):
+                samples = 0 if s.gate is None else s.gate.samples
+                groups.setdefault((s.formula.policies[0].policy, samples), []).append(s)
+            else:
+                rest.append(s)
+        for (policy, samples), group in groups.items():
+            _blend_by_kernel(logits, group, readings, policy, samples, biased)
+        for with_rewards in (False, True):
+            part = [s for s in rest if bool(s.formula.rewards) is with_rewards]
+            if part:
+                _blend(logits, part, readings, self._fail_where, biased)
+
+    def _mix_on_cpu(self, logits: torch.Tensor, steered: Sequence[Steered], readings: Readings) -> bool:
+        """Whether the rows are a mixture that the CPU's own kernel has written."""
+        if self._last[0] is not steered:
+            self._last = (steered, _find_mixture(steered, logits.device))
+        mixture = self._last[1]
+        if mixture is None:
+            return False
+        head = readings.find_head(mixture.policy, mixture.rows, logits.device)
+        outputs = readings.gather(mixture.policy, mixture.rows) if head is None else head[0].every(head[1])
+        if not can_blend_on_cpu(logits, outputs):
+            return False
+        done = blend_on_cpu(logits, mixture.index, outputs, mixture.coefficients, is_change=head is not None)
+        totals = (done.base_total, done.guided_total)
+        _record(steered, VocabularyStep(done.base, done.guided, *totals, done.changed, done.kept))
+        return True
+
+
+def _find_mixture(steered: Sequence[Steered], device: torch.device) -> _Mixture | None:
+    policies = {term.policy for s in steered for term in s.formula.policies}
+    if len(policies) != 1 or not all(_is_single(s) and s.gate is None for s in steered):
+        return None
+    return _Mixture(
+        policies.pop(),
+        [s.row for s in steered],
+        to_device([s.row.index for s in steered], device),
+        to_device([_coefficients(s.formula) for s in steered], device, torch.float32),
+    )
 
 
 def _is_single(steered: Steered) -> bool:

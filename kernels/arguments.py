@@ -68,6 +68,21 @@ class Reranked:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixed:
+    """Rows that a policy was mixed into, before and after: [G, V] float32."""
+
+    base: torch.Tensor
+    guided: torch.Tensor
+    base_total: torch.Tensor
+    """[G] float32: log-sum-exp of `base`."""
+    guided_total: torch.Tensor
+    changed: torch.Tensor
+    """[G] bool: whether no token is the most likely one in both."""
+    kept: torch.Tensor
+    """[G] bool: rows that were written."""
+
+
+@dataclass(frozen=True, slots=True)
 class BlendRows:
     """What each row that is blended with a policy asks for; [B] each."""
 

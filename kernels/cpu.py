@@ -12,11 +12,9 @@ import numpy as np
 import torch
 from numba import njit
 
-from steersman.kernels.arguments import HeadWeights, Reranked, RewardTerms
+from steersman.kernels.arguments import HeadWeights, Mixed, Reranked, RewardTerms
 
-_SELECT = (
-    "void(float32[:, ::1], int64[::1], int64[::1], int64[:, ::1], float32[:, ::1], float32[:, ::1])"
-)
+_SELECT = "void(float32[:, ::1], int64[::1], int64[::1], int64[:, ::1], float32[:, ::1], float32[:, ::1])"
 _RERANK = (
     "void(float32[:, ::1], int64[::1], int64[:, ::1], float32[:, ::1], float32[:, ::1], float32[:, ::1], "
     "float32[:, ::1], int32[:, ::1], float32[:, :, ::1], float32[:, ::1], boolean[::1])"
@@ -24,6 +22,10 @@ _RERANK = (
 _NOTHING = np.empty(0, dtype=np.float32)
 _NO_LIMITS = np.empty(0, dtype=np.int64)
 _GATHER = "void(float32[:, ::1], float32[:, ::1], float32[::1], int64[:, ::1], float32[:, :])"
+_BLEND = (
+    "void(float32[:, ::1], int64[::1], float32[:, ::1], float32[:, ::1], boolean, float32[:, ::1], float32[:, ::1], "
+    "float32[::1], float32[::1], boolean[::1], boolean[::1])"
+)
 _AFFINE = "void(float32[:, ::1], float32[:, ::1], float32[:, ::1])"
 _SCORE = (
     "void(float32[:, ::1], int64[::1], float32[:, ::1], float32[::1], float32[:, ::1], float32[::1], "
@@ -93,6 +95,26 @@ def rerank_by_heads(
         _score_by_head(states, places, *head.arrays, ids, number, rewards)
     _rerank(written, places, ids, values, *terms.arrays, rewards, scores, broken)
     return Reranked(*map(torch.from_numpy, (ids, values, logprobs, rewards, scores, broken)))
+
+
+def blend(
+    logits: torch.Tensor, rows: torch.Tensor, outputs: torch.Tensor, coefficients: torch.Tensor, *, is_change: bool
+) -> Mixed:
+    """Writes c₀ log π₀ + c₁ log π up to a constant into `rows` [G] int64 of contiguous logits [B, V] float32.
+
+    outputs: [G, V] float32, logits of π, or with `is_change` what is added to the base's logits to make them.
+    coefficients: [G, 2] float32. A token that the base masks, or a policy with a coefficient, stays impossible. A row
+    that has no finite sum keeps its bits.
+    """
+    size, width = outputs.shape
+    base, guided = np.empty((2, size, width), dtype=np.float32)
+    base_total, guided_total = np.empty((2, size), dtype=np.float32)
+    changed, kept = np.empty((2, size), dtype=np.bool_)
+    _blend(
+        *(logits.numpy(), rows.numpy(), outputs.numpy(), coefficients.numpy(), is_change),
+        *(base, guided, base_total, guided_total, changed, kept),
+    )
+    return Mixed(*map(torch.from_numpy, (base, guided, base_total, guided_total, changed, kept)))
 
 
 def _compile(signature: str, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -225,9 +247,7 @@ def _add_product(inputs, weight, outputs):
             own, sums = inputs[line, start : start + 4], outputs[line]
             a, b, c, d = own[0], own[1], own[2], own[3]
             for channel in range(len(sums)):
-                sums[channel] += (a * first[channel] + b * second[channel]) + (
-                    c * third[channel] + d * fourth[channel]
-                )
+                sums[channel] += (a * first[channel] + b * second[channel]) + (c * third[channel] + d * fourth[channel])
     for start in range(whole, len(weight)):
         for line in range(len(inputs)):
             value, sums = inputs[line, start], outputs[line]
@@ -249,3 +269,53 @@ def _score_by_head(hidden, rows, inner, inner_bias, outer, outer_bias, tokens, b
             own[channel] /= np.float32(1.0) + _exp(-own[channel])
     _add_product(middle, outer, features)
     _gather(features, tokens, bias, ids, rewards[:, term])
+
+
+@_compile("float32(float32[::1])", fastmath={"reassoc", "nnan", "nsz"})
+def _largest(values):
+    """Of values without NaN."""
+    largest = values[0]
+    for value in values:
+        largest = max(largest, value)
+    return largest
+
+
+@_compile("float32(float32[::1], float32)")
+def _total(values, largest):
+    if not math.isfinite(largest):
+        return largest
+    return np.float32(largest + math.log(_sum_exp(values, largest)))
+
+
+@_compile("float32(float32[::1], float32[::1], float32)", fastmath={"reassoc", "nnan", "nsz"})
+def _best_among_peaks(values, base, largest):
+    """The largest of the values where the base has its own."""
+    best = np.float32(-np.inf)
+    for token in range(len(values)):
+        best = max(best, values[token] if base[token] == largest else np.float32(-np.inf))
+    return best
+
+
+@_compile(_BLEND)
+def _blend(logits, rows, outputs, coefficients, is_change, base, guided, base_total, guided_total, changed, kept):
+    impossible = np.float32(-np.inf)
+    for line in range(len(rows)):
+        row, own, mixed, policy = logits[rows[line]], base[line], guided[line], outputs[line]
+        second = coefficients[line, 1]
+        first = coefficients[line, 0] + second if is_change else coefficients[line, 0]
+        own[:] = row
+        for token in range(len(row)):
+            value, other = own[token], policy[token]
+            absent = other == impossible
+            blended = first * value + (np.float32(0.0) if absent else second * other)
+            masked = value == impossible or (absent and second != np.float32(0.0))
+            mixed[token] = impossible if masked else blended
+        peak, best = _largest(own), _largest(mixed)
+        base_total[line], guided_total[line] = _total(own, peak), _total(mixed, best)
+        kept[line] = math.isfinite(guided_total[line])
+        if kept[line]:
+            changed[line] = _best_among_peaks(mixed, own, peak) < best
+            row[:] = mixed
+        else:
+            changed[line], guided_total[line] = False, base_total[line]
+            mixed[:] = own

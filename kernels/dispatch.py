@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 
 from steersman.kernels import reference
-from steersman.kernels.arguments import Blended, BlendedRows, BlendRows, HeadWeights, Reranked, RewardTerms
+from steersman.kernels.arguments import Blended, BlendedRows, BlendRows, HeadWeights, Mixed, Reranked, RewardTerms
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -156,6 +156,20 @@ def compile_head_blend(weight: torch.Tensor, bias: torch.Tensor, vocabulary: int
 
     for launch in distinct_launches(head_blend_launches(weight.dtype, weight.shape[1], vocabulary)).values():
         launch.compile()
+
+
+def can_blend_on_cpu(logits: torch.Tensor, outputs: torch.Tensor) -> bool:
+    """Whether `blend_on_cpu` takes these [B, V] and [G, V]."""
+    return _fits_numba(logits) and _fits_numba(outputs) and outputs.shape[1] == logits.shape[1]
+
+
+def blend_on_cpu(
+    logits: torch.Tensor, rows: torch.Tensor, outputs: torch.Tensor, coefficients: torch.Tensor, *, is_change: bool
+) -> Mixed:
+    """`kernels.cpu.blend`."""
+    from steersman.kernels import cpu
+
+    return cpu.blend(logits, rows, outputs, coefficients, is_change=is_change)
 
 
 def attend_candidates(

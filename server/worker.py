@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, TypedDict, TypeVar
 
 import torch
 
 from steersman.guidance.auxiliary import TextUnreadable, Unscorable
 from steersman.guidance.checkpoints import ModelRefused
+from steersman.guidance.report import Report
 from steersman.guidance.work import Failure
 from steersman.server.background import BackgroundTask, ModelLoad, free_apart
 from steersman.server.liveness import Address, own_address
@@ -16,6 +17,7 @@ from steersman.server.loading import WorkerRuntime, read_source
 from steersman.server.reading import Wanted
 from steersman.server.reports import Finished
 
+_REPORT = tuple(field.name for field in fields(Report))
 _Scored = TypeVar("_Scored", list[float], tuple[list[float], int])
 
 
@@ -62,7 +64,8 @@ class GuidanceWorkerExtension:
             return None
         reports = [runtime.finish((key, seed), response) for key, seed, response in finished]
         runtime.show_metrics()
-        return [None if report is None else asdict(report) for report in reports]
+        # dataclasses.asdict would copy each trace.
+        return [None if report is None else {name: getattr(report, name) for name in _REPORT} for report in reports]
 
     def steersman_score(
         self, name: str, prompt: list[int], response: list[int], start: int, source: dict[str, Any] | None

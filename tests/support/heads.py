@@ -28,9 +28,8 @@ def random_head(rng: random.Random, name: str, role: str, vocabulary: int) -> He
 
 def head_table(head: FrozenHead, hidden: torch.Tensor) -> torch.Tensor:
     """Outputs [B, V] for hidden states [B, D], in float64 and token by token."""
-    inner, inner_bias, outer, outer_bias, tokens, bias = (
-        getattr(head.weights, name).double() for name in ("inner", "inner_bias", "outer", "outer_bias", "tokens", "bias")
-    )
+    names = ("inner", "inner_bias", "outer", "outer_bias", "tokens", "bias")
+    inner, inner_bias, outer, outer_bias, tokens, bias = (getattr(head.weights, name).double() for name in names)
     middle = hidden.double() @ inner + inner_bias
     features = (middle / (1 + torch.exp(-middle))) @ outer + outer_bias
     return (features.unsqueeze(1) * tokens).sum(dim=-1) + bias
