@@ -139,7 +139,7 @@ def _log_sum_exp(values):
 
 
 @_compile("float32(float32)", inline="always", fastmath={"contract"})
-def _exp(value):
+def _exp(value: Any) -> Any:
     """e^value, taken between e^-87 and e^87, within 2 units in the last place, in operations that LLVM does eight at a
     time: 2^n e^r with |r| at most log(2) / 2, e^r by Cephes' polynomial."""
     value = min(max(value, np.float32(-87.0)), np.float32(87.0))
@@ -161,10 +161,10 @@ def _sum_exp(values, largest):
     total, start = 0.0, 0
     while start < len(values):
         stop = min(len(values), start + 4096)
-        part = np.float32(0.0)
+        block = np.float32(0.0)
         for place in range(start, stop):
-            part += _exp(values[place] - largest)
-        total += part
+            block = np.float32(block + _exp(values[place] - largest))
+        total += block
         start = stop
     return total
 

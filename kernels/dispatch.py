@@ -47,8 +47,8 @@ def select_candidates(
         return reference.select_candidates(logits, k, limits)
     from steersman.kernels.topk import make_workspace, topk_logprobs
 
-    rows, vocabulary = logits.shape
-    ids, logprobs, totals = topk_logprobs(logits, k, make_workspace(rows, vocabulary, logits.device))
+    size, vocabulary = logits.shape
+    ids, logprobs, totals = topk_logprobs(logits, k, make_workspace(size, vocabulary, logits.device))
     logprobs = reference.mask_beyond(logprobs, limits)
     return ids.long(), logprobs + totals.unsqueeze(-1), logprobs
 
