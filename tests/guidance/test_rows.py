@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from steersman.guidance.report import ChosenStep, Counts, Position, VocabularyStep
-from steersman.guidance.rows import GuidedRequest, LastTokens, Row, Steered, begin_positions, choose_last_token
+from steersman.guidance.rows import GuidedRequest, LastTokens, Row, Steered, begin_positions, choose_known_tokens
 from tests.support.oracle import plan_of
 
 WIDTH = 16
@@ -56,10 +56,10 @@ def test_positions_computed_ahead_of_a_stop_are_dropped_with_what_they_spent() -
     row = start(output=2)
     row.request.positions = [Position() for _ in range(4)]
     row.request.spent = [0.1, 0.2, 0.3, 0.4]
-    choose_last_token(row.request, row.output)
+    choose_known_tokens(row.request, row.output)
     assert len(row.request.positions) == 2
     assert row.request.spent == [0.1, 0.2]
-    choose_last_token(row.request, [])
+    choose_known_tokens(row.request, [])
     assert (row.request.positions, row.request.spent) == ([], [])
 
 
@@ -86,7 +86,7 @@ def test_the_last_token_of_an_answer_completes_its_last_step(rng: random.Random)
     begin([row])
     step = draw_step(3)
     Steered(row, row.request.plan.formula).record(step, 2)
-    choose_last_token(row.request, [token, 9])
+    choose_known_tokens(row.request, [token, 9])
     expected = [float(logits[2].log_softmax(-1)[token]) for logits in (step.guided, step.base)]
     assert logprobs_of(row.request.positions[0]) == pytest.approx(expected, abs=1e-5)
 
