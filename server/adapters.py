@@ -35,7 +35,7 @@ def require_exact_drafts(vllm_config: Any) -> None:
     speculative = vllm_config.speculative_config
     if speculative is None:
         return
-    if not vllm_config.use_v2_model_runner:
+    if not getattr(vllm_config, "use_v2_model_runner", False):
         raise ModelRefused(
             f"{_OPTION}: guidance works with speculative decoding in vLLM's Model Runner V2 alone, which needs Triton "
             "and is not used here; leave it out"
