@@ -21,11 +21,12 @@ from steersman.server import logits_v2
 from steersman.server.config import CONFIG_KEY
 from steersman.server.logits_v2 import GuidanceLogitsProcessor
 from tests.support.device import LateSide, SlowCopy, copy_when_joined
-from tests.support.distribution import CASES, DRAWS, changed, check_draws
+from tests.support.distribution import changed, check_draws
 from tests.support.oracle import Oracle, load_oracle
 from tests.support.random_input import random_prompts
 from tests.support.tiny import END, VOCABULARY
 
+_Text = tuple[int, ...]
 LONGEST = 120
 MOST_DRAFTED = 2
 
@@ -44,7 +45,13 @@ METHODS: list[dict[str, Any]] = [
 ]
 
 
-GATED = changed({**BY_HEAD, "beta": 0.25, "top_k": 10, "gate": {"first_tokens": 1}}, gate={"first_tokens": 2})
+DRAWS = 3_000
+CASES = {
+    "policy head": changed({"method": "mixed", "policy": "tilted", "mix": 0.8}, mix=0.5),
+    "gated head": changed(
+        {**BY_HEAD, "beta": 0.25, "top_k": 10, "gate": {"first_tokens": 1}}, gate={"first_tokens": 2}
+    ),
+}
 
 
 class Request:
@@ -99,7 +106,7 @@ class Engine:
         self.slots: dict[int, Request] = {}
         self.free = list(range(slots))
         self.base = base
-        self.known: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.known: dict[_Text, tuple[torch.Tensor, torch.Tensor]] = {}
         """The base's logits [V] and hidden state [D] behind texts."""
         self.accepted = self.rejected = 0
         config = SimpleNamespace(speculative_config=object(), model_config=SimpleNamespace(logits_processors=[""]))
@@ -164,9 +171,9 @@ class Engine:
             first += 1 + len(tokens)
         return done
 
-    def forward(self, texts: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, texts: list[_Text]) -> tuple[torch.Tensor, torch.Tensor]:
         """The base's logits [texts, V] and hidden states [texts, D], those of one length by one full forward."""
-        lengths: dict[int, list[tuple[int, ...]]] = {}
+        lengths: dict[int, list[_Text]] = {}
         for text in dict.fromkeys(texts):
             if text not in self.known:
                 lengths.setdefault(len(text), []).append(text)
@@ -191,7 +198,7 @@ class Engine:
         slots: list[int],
         drafts: list[list[int]],
         lengths: list[int],
-        rows: list[tuple[int, ...]],
+        rows: list[_Text],
         logits: torch.Tensor,
     ) -> SimpleNamespace:
         ends = np.cumsum([0, *(1 + len(tokens) for tokens in drafts)])
@@ -264,7 +271,7 @@ def _drafted_by_reference(oracle: Oracle, rng: random.Random) -> Draft:
     """One-hot drafts that greedy decoding accepts now and then: the best token of the base or of a head, or any."""
     sources = (oracle.models.base, oracle.models.policies["tilted"])
     best = cache(lambda tokens: [int(source(tokens).argmax()) for source in sources])
-    chosen: dict[tuple[int, ...], torch.Tensor] = {}
+    chosen: dict[_Text, torch.Tensor] = {}
 
     def draft(tokens: list[int]) -> torch.Tensor:
         if tuple(tokens) not in chosen:
@@ -315,16 +322,21 @@ def test_greedy_answers_and_reports_are_the_references_whatever_was_drafted(
     assert compared > 5
 
 
-@pytest.mark.parametrize("name", ["policy head", "gated head"])
+@pytest.mark.parametrize("name", CASES)
 def test_drawn_answers_follow_the_exact_distribution(oracle: Oracle, base: Any, rng: random.Random, name: str) -> None:
-    """The drafter proposes the base's best tokens, in the base's proportions."""
+    """The drafter proposes likely tokens of the base and of a head, in proportions of its own."""
     prompt = [rng.randrange(2, 300) for _ in range(2)]
-    guidance, right, wrong = {**CASES, "gated head": GATED}[name](oracle, prompt, 2)
+    guidance, right, wrong = CASES[name](oracle, prompt, 2)
+    drafted: dict[_Text, torch.Tensor] = {}
 
     def draft(tokens: list[int]) -> torch.Tensor:
-        (logits,), _ = engine.forward([tuple(tokens)])
-        best = logits.topk(3)
-        return torch.zeros(VOCABULARY).index_copy_(0, best.indices, best.values.softmax(-1))
+        if tuple(tokens) not in drafted:
+            logits, hidden = engine.forward([tuple(tokens)])
+            head = engine.adapter.runtime.models.heads["tilted"].head
+            tilted = logits + 0.8 * head.every(head.features(hidden))
+            likely = torch.cat([row[0].topk(2).indices for row in (logits, tilted)])
+            drafted[tuple(tokens)] = torch.zeros(VOCABULARY).index_add_(0, likely, torch.full((4,), 0.25))
+        return drafted[tuple(tokens)]
 
     engine = Engine(rng, base, 500, draft, greedy=False)
     draws: list[list[int]] = []
