@@ -1,5 +1,4 @@
-"""Heads on adapters (LoRA) of the base: measured once for each before they guide anything, and refused where they drift too
-far."""
+"""Heads on adapters (LoRA) of the base: measured before they guide anything, refused where they drift too far."""
 
 import asyncio
 import random
