@@ -177,12 +177,6 @@ class GuidanceRuntime:
                 with self._side.fork():
                     self.models.read_ahead(groups, LastTokens(rows, fed))
 
-    def resume_draft(self, request: GuidedRequest, output: Sequence[int]) -> None:
-        """Takes up a request under speculative decoding whose answer so far, `output`, was drafted before it was
-        paused."""
-        self.settle(wait=True)
-        choose_known_tokens(request, output)
-
     @torch.inference_mode()
     def choose_draft_tokens(self, rows: Sequence[Row], tokens: torch.Tensor) -> None:
         """Before the next step, once the tokens behind the rows of a draft are decided: [len(rows)] int64."""

@@ -65,7 +65,7 @@ class Drafts:
     def complete(self, slots: Mapping[int, GuidedSlot]) -> None:
         """Hands the runtime the tokens that were chosen behind the rows of the last step, where the slots, by their
         numbers, hold the same requests still. Of a request that has left its slot the host knows the tokens when it is
-        reported on or comes back."""
+        reported on."""
         last, self._last = self._last, None
         if last is None:
             return

@@ -156,7 +156,6 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             rows = [self._row(index, slot, int(lengths[index])) for index, slot in held]
             self._learn(held, fed)
         else:
-            self._take_up([slot for _, slot in held])
             rows, positions = self._drafts.begin(held, batch)
         biased = None
         if any(slot.changed for _, slot in held):
@@ -216,23 +215,12 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         return logits
 
     def _row(self, index: int, held: _Slot, length: int) -> Row:
+        prompt_length = held.request.prompt_length
         if not held.prompt:
-            self._read_text(held)
+            tokens = self._states.all_token_ids.gpu[held.index, : int(self._states.prefill_len.np[held.index])].tolist()
+            held.prompt, held.output = tokens[:prompt_length], tokens[prompt_length:]
         held.reach(length)
         return Row(index, held.request, held.prompt, held.output)
-
-    def _read_text(self, held: _Slot) -> None:
-        tokens = self._states.all_token_ids.gpu[held.index, : int(self._states.prefill_len.np[held.index])].tolist()
-        prompt_length = held.request.prompt_length
-        held.prompt, held.output = tokens[:prompt_length], tokens[prompt_length:]
-
-    def _take_up(self, slots: list[_Slot]) -> None:
-        """Under speculative decoding: of requests that were preempted, the tokens that were chosen before."""
-        for held in slots:
-            if not held.prompt:
-                self._read_text(held)
-                if held.output:
-                    self.runtime.resume_draft(held.request, held.output)
 
     def _learn(self, guided: list[tuple[int, _Slot]], fed: torch.Tensor) -> None:
         """Each row was fed its last token: the prompt's, or the last one that was sampled."""
