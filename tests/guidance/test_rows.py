@@ -103,6 +103,8 @@ def test_the_last_token_of_an_answer_completes_its_last_step(rng: random.Random)
 def test_a_draft_replaces_what_an_earlier_one_has_left_behind_a_rejected_token(rng: random.Random) -> None:
     request = start().request
     first, second = ([Row(n, request, (), ()) for n in range(size)] for size in (4, 2))
+    for row in first:
+        Steered(row, request.plan.formula).record(draw_step(1), 0)
     place_draft(first, [2, 3, 4, 5])
     assert len(request.positions) == 6
     assert all(position.step is None for position in request.positions[:2])
