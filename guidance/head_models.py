@@ -116,16 +116,19 @@ class HeadModel:
         }
 
     @torch.inference_mode()
-    def prove(self, hidden: torch.Tensor) -> Drift:
-        """Compares the base that is served with the one that the head was trained on; raises ModelRefused where its
-        outputs are another model's.
+    def measure_drift(self, hidden: torch.Tensor) -> Drift:
+        """How far its outputs on another base are from those on the one that it was trained on.
 
-        hidden: [texts, D] of the served base at the ends of the probe's texts.
+        hidden: [texts, D] of the other base at the ends of the probe's texts.
         """
         texts = (self.probe.hidden.to(self.head.device), hidden.to(self.head.device))
         trained, served = (self.head.every(self.head.features(states)) for states in texts)
-        moved = served - trained
-        self.drift = drift = Drift(_spread_over_tokens(moved), _spread_over_tokens(trained))
+        return Drift(_spread_over_tokens(served - trained), _spread_over_tokens(trained))
+
+    def prove(self, hidden: torch.Tensor) -> Drift:
+        """Compares the base that is served with the one that the head was trained on; raises ModelRefused where its
+        outputs are another model's. hidden: as in `measure_drift`, of the served base."""
+        self.drift = drift = self.measure_drift(hidden)
         if not drift.share <= LARGEST_DRIFT:
             raise ModelRefused(
                 f"{name_model(self)}: on this base model its outputs are off by {drift.share:.2g} of their spread, at "

@@ -13,9 +13,6 @@ from steersman.guidance.text_form import Source
 from steersman.guidance.transfer import take_rows, to_device
 from steersman.guidance.work import Fault, Misfit
 
-_UNGUIDED = Position()
-"""Shared by all positions that the base decodes alone."""
-
 
 @dataclass
 class GuidedRequest:
@@ -68,16 +65,26 @@ class GuidedRequest:
 
 @dataclass(slots=True)
 class Row:
-    """A row of the batch's logits and the request behind it; `prompt` and `output` may be live lists."""
+    """A row of the batch's logits and the request behind it; `prompt` and `output` may be live lists.
+
+    Under speculative decoding a request has a row for each drafted token and one more. Their prompt and output are
+    empty: a draft's rows are for models that read no tokens.
+    """
 
     index: int
     request: GuidedRequest
     prompt: Sequence[int]
     output: Sequence[int]
+    draft_position: int | None = None
+    """The position of a draft's row, where a plan needs it before the step."""
+    record: Position = field(default_factory=Position)
+    """What is done in the row's step."""
 
     @property
     def position(self) -> int:
         """How many tokens of the answer are there already."""
+        if self.draft_position is not None:
+            return self.draft_position
         return len(self.prompt) + len(self.output) - self.request.prompt_length
 
     @property
@@ -106,11 +113,10 @@ class Steered:
 
     def record(self, step: CandidateStep | VocabularyStep, line: int) -> None:
         """Keeps what is done at this position: line `line` of `step`."""
-        request = self.row.request
-        if self.gate is None:
-            request.positions[-1] = Position(step, line, self.formula)
-        else:
-            request.positions[-1] = Position(step, line, self.formula, request.plan.below)
+        position = self.row.record
+        position.step, position.line, position.formula = step, line, self.formula
+        if self.gate is not None:
+            position.below = self.row.request.plan.below
 
 
 class LastTokens:
@@ -149,16 +155,15 @@ def begin_positions(rows: Sequence[Row], last: LastTokens) -> None:
             _wind_to(row, position)
         if positions and isinstance(positions[-1].step, VocabularyStep):
             waiting.append(row)
-            continue
-        positions.append(_UNGUIDED)
+    if waiting:
+        records = [(row.request.positions[-1], row.request.plan.trace) for row in waiting]
+        _choose_tokens(records, last.of(waiting))
+    for row in rows:
+        request = row.request
+        row.record = Position()
+        request.positions.append(row.record)
         if request.plan.kl_budget is not None:
             request.spent.append(0.0)
-    if waiting:
-        _choose_tokens([row.request for row in waiting], last.of(waiting))
-    for row in waiting:
-        row.request.positions.append(_UNGUIDED)
-        if row.request.plan.kl_budget is not None:
-            row.request.spent.append(0.0)
 
 
 def _wind_to(row: Row, position: int) -> None:
@@ -173,32 +178,52 @@ def _wind_to(row: Row, position: int) -> None:
 def _resume(row: Row) -> None:
     """Positions that another worker guided, before the request came back here, stay empty."""
     request = row.request
-    if request.positions:
-        choose_last_token(request, row.output)
-    request.positions += [_UNGUIDED] * (row.position - len(request.positions))
+    choose_known_tokens(request, row.output)
+    request.positions += [Position() for _ in range(row.position - len(request.positions))]
 
 
-def choose_last_token(request: GuidedRequest, response: Sequence[int]) -> None:
-    """Completes the record of the last position that was guided; those computed ahead of a stop are dropped."""
+def choose_known_tokens(request: GuidedRequest, response: Sequence[int]) -> None:
+    """Completes the record of the positions whose tokens were not known yet; those behind `response`, computed ahead of
+    a stop or of a token that was rejected, are dropped."""
     del request.positions[len(response) :]
     del request.spent[len(response) :]
-    step = request.positions[-1].step if request.positions else None
-    if isinstance(step, VocabularyStep):
-        token = response[len(request.positions) - 1]
-        _choose_tokens([request], to_device([token], step.base.device))
+    waiting = {n: p for n, p in enumerate(request.positions) if isinstance(p.step, VocabularyStep)}
+    if waiting:
+        records = [(position, request.plan.trace) for position in waiting.values()]
+        step = next(iter(waiting.values())).step
+        assert isinstance(step, VocabularyStep)
+        _choose_tokens(records, to_device([response[n] for n in waiting], step.base.device))
 
 
-def _choose_tokens(requests: Sequence[GuidedRequest], tokens: torch.Tensor) -> None:
-    """Replaces the last step over the whole vocabulary of each request by what became of it."""
+def choose_draft_tokens(rows: Sequence[Row], tokens: torch.Tensor) -> None:
+    """Completes the record of the rows of a draft; tokens: [len(rows)] int64, of the texts as they are now, behind each
+    row. What is recorded of a row whose token was rejected is of no use to anyone."""
+    waiting = [n for n, row in enumerate(rows) if isinstance(row.record.step, VocabularyStep)]
+    if waiting:
+        records = [(rows[n].record, rows[n].request.plan.trace) for n in waiting]
+        _choose_tokens(records, take_rows(tokens, waiting))
+
+
+def place_draft(rows: Sequence[Row], positions: Sequence[int]) -> None:
+    """Puts the records of a draft's rows where they belong in their requests, in place of what an earlier draft, whose
+    tokens were rejected, has left there. positions: of each row."""
+    for row, position in zip(rows, positions, strict=True):
+        records = row.request.positions
+        records += [Position() for _ in range(position + 1 - len(records))]
+        records[position] = row.record
+
+
+def _choose_tokens(records: Sequence[tuple[Position, bool]], tokens: torch.Tensor) -> None:
+    """Replaces the steps over the whole vocabulary by what became of them now that their tokens [len(records)] int64
+    are known. records: each with whether it is traced."""
     waiting: dict[int, tuple[VocabularyStep, list[Position], list[int]]] = {}
-    for place, request in enumerate(requests):
-        position = request.positions[-1] if request.positions else None
-        if position is not None and isinstance(position.step, VocabularyStep):
-            if request.plan.trace:
-                position.traced = position.step.trace(position.line, position.formula.rewards)
-            _, positions, places = waiting.setdefault(id(position.step), (position.step, [], []))
-            positions.append(position)
-            places.append(place)
+    for place, (position, traced) in enumerate(records):
+        assert isinstance(position.step, VocabularyStep)
+        if traced:
+            position.traced = position.step.trace(position.line, position.formula.rewards)
+        _, positions, places = waiting.setdefault(id(position.step), (position.step, [], []))
+        positions.append(position)
+        places.append(place)
     for step, positions, places in waiting.values():
         chosen = tokens if len(places) == len(tokens) else tokens[to_device(places, tokens.device)]
         outcome = step.choose([position.line for position in positions], chosen)

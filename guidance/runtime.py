@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,16 @@ from steersman.guidance.overlap import SameStream, SideStream
 from steersman.guidance.plan import Plan
 from steersman.guidance.readings import Readings
 from steersman.guidance.report import Report, summarise
-from steersman.guidance.rows import GuidedRequest, LastTokens, Row, Steered, begin_positions, choose_last_token
+from steersman.guidance.rows import (
+    GuidedRequest,
+    LastTokens,
+    Row,
+    Steered,
+    begin_positions,
+    choose_draft_tokens,
+    choose_known_tokens,
+    place_draft,
+)
 from steersman.guidance.text_form import Source
 from steersman.guidance.transfer import HostCopy, LateReads, copy_to_host, take_rows, to_device
 from steersman.guidance.vocabulary import VocabularySteering
@@ -167,7 +177,7 @@ class GuidanceRuntime:
                 return None
             request.finished = True
             self.models.changes += 1
-            choose_last_token(request, response)
+            choose_known_tokens(request, response)
             spent = None if request.plan.kl_budget is None else sum(request.spent)
             return summarise(
                 *(request.plan, request.positions, request.counts, response, spent, request.error, request.fault)
@@ -220,6 +230,12 @@ class GuidanceRuntime:
                     self.models.read_ahead(groups, LastTokens(rows, fed))
 
     @torch.inference_mode()
+    def choose_draft_tokens(self, rows: Sequence[Row], tokens: torch.Tensor) -> None:
+        """Before the next step, once the tokens behind the rows of a draft are decided: [len(rows)] int64."""
+        with self.work.timing("writing_seconds"):
+            choose_draft_tokens(rows, tokens)
+
+    @torch.inference_mode()
     def score_hidden(self, name: str, key: Hashable, tokens: Sequence[int]) -> list[float]:
         """A reward head's outputs for `tokens`, each behind the position of the text `key` whose hidden state was kept
         for it; raises as HiddenStateStore.take does."""
@@ -237,6 +253,7 @@ class GuidanceRuntime:
         fed: torch.Tensor | None = None,
         biased: torch.Tensor | None = None,
         hidden: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
     ) -> None:
         """Writes guided logits into `logits` [B, V] float32 for `rows`; every other row keeps its bits.
 
@@ -244,8 +261,9 @@ class GuidanceRuntime:
         changed any more; the same one again stands for the same rows in the same places. fed: [B] int64 on the logits'
         device, the last token of every row of the batch, where the device knows them before the host. biased: [B, V]
         float32, the same logits after a grammar, bans and biases, -inf where a token is masked; None where no row has
-        any.
-        hidden: [B, D], the base's hidden states that the logits were computed from, which heads need.
+        any. hidden: [B, D], the base's hidden states that the logits were computed from, which heads need. positions:
+        [len(rows)] int64 on the device, where the rows are those of a draft: how many tokens of its answer are in front
+        of each, which the host learns behind the step. Such rows are guided by heads alone, without a budget.
         Candidates are chosen by `biased`, and masks hold; biases and penalties are left to whoever samples, who applies
         them to what is written here. Scoring a position again is harmless. A row that cannot be scored fails alone: its
         request is marked, and the end token is forced so that it stops soon.
@@ -255,8 +273,14 @@ class GuidanceRuntime:
             batch = self._find_batch(rows)
             if batch.live:
                 readings = Readings(logits.shape[-1], logits, hidden)
-                self._guide(logits, batch, readings, _last_tokens(logits, batch.live, fed), biased)
+                last = _last_tokens(logits, batch.live, fed)
+                if positions is None:
+                    with self.work.timing("writing_seconds"):
+                        begin_positions(batch.live, last)
+                self._guide(logits, batch, readings, last, biased)
                 batch = self._find_batch(rows)
+            if positions is not None:
+                self._late.read(positions, partial(place_draft, rows))
             self.models.forget_ahead()
             if batch.failed:
                 self._force_end(logits, batch.failed, logits if biased is None else biased)
@@ -275,8 +299,6 @@ class GuidanceRuntime:
         last: LastTokens,
         biased: torch.Tensor | None,
     ) -> None:
-        with self.work.timing("writing_seconds"):
-            begin_positions(batch.live, last)
         if batch.steered is None:
             steered = _split(self._decide(logits, batch.live, readings, last))
         else:
@@ -334,7 +356,8 @@ class GuidanceRuntime:
         scored = {s.row.index for s in steered if s.formula.rewards}
         for row in rows:
             request, plan = row.request, row.request.plan
-            request.saved_policy_tokens += sum(not readings.has(name, row) for name in plan.policies)
+            unread = (name for name in plan.policies if not readings.has(name, row))
+            request.saved_policy_tokens += sum(name not in self.models.heads for name in unread)
             if row.index not in scored:
                 spared = [self.reward_models[name].tokens_per_step(plan.formula) for name in plan.reward_models]
                 request.saved_reward_model_tokens += sum(spared)

@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 
+from steersman.guidance.checkpoints import ModelRefused
 from steersman.guidance.transfer import to_device
 
 _V1 = "steersman.server.logits_v1:GuidanceLogitsProcessor"
 _V2 = "steersman.server.logits_v2:GuidanceLogitsProcessor"
+
+_OPTION = "--speculative-config"
 
 NOT_ATTACHED = "guidance is not attached to the model runner: call steersman_prepare on the workers before any request"
 
@@ -24,6 +27,33 @@ def attach_adapter(vllm_config: Any) -> None:
     model_config.logits_processors = [*others, _V1]
     if getattr(vllm_config, "use_v2_model_runner", False):
         model_config.logits_processors = [*others, _V2]
+
+
+def require_exact_drafts(vllm_config: Any) -> None:
+    """Raises ModelRefused for a way of speculative decoding under which guided tokens would not follow their
+    distribution."""
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return
+    if not getattr(vllm_config, "use_v2_model_runner", False):
+        raise ModelRefused(
+            f"{_OPTION}: guidance works with speculative decoding in vLLM's Model Runner V2 alone, which needs Triton "
+            "and is not used here; leave it out"
+        )
+    if speculative.rejection_sample_method == "synthetic":
+        raise ModelRefused(
+            f"{_OPTION}: rejection_sample_method synthetic accepts drafts whatever the model's distribution is; choose "
+            "standard or block"
+        )
+    if speculative.enable_adaptive_verification:
+        raise ModelRefused(
+            f"{_OPTION}: with enable_adaptive_verification the rows of a guided request cannot be found; leave it out"
+        )
+    if vllm_config.parallel_config.enable_batch_sharded_sampling:
+        raise ModelRefused(
+            f"{_OPTION}: guidance does not work with speculative decoding and --enable-batch-sharded-sampling at once; "
+            "leave one of the two out"
+        )
 
 
 def changes_logits(params: Any) -> bool:

@@ -196,6 +196,7 @@ async def _answer_in_turn(
     response = None
     try:
         await _measure_prompts(_engine(raw_request), request)
+        await _measure_adapter(request, raw_request)
         if not request.stream:
             await place.turn()
         answer = await create(request, raw_request)
@@ -229,6 +230,17 @@ async def _measure_prompts(engine: GuidedEngine, request: _GuidedRequest) -> Non
                 for tokens, source in request.list_prompts()
             ]
         )
+    except GuidanceError as error:
+        reject(error)
+
+
+async def _measure_adapter(request: _GuidedRequest, raw_request: Request) -> None:
+    """A head that does not fit the adapter (LoRA) that a request names is refused likewise."""
+    adapter = raw_request.app.state.openai_serving_models.lora_requests.get(request.model)
+    if adapter is None or request.parsed_guidance is None:
+        return
+    try:
+        await _engine(raw_request).measure_adapter(request.parsed_guidance, adapter)
     except GuidanceError as error:
         reject(error)
 

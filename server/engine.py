@@ -8,10 +8,12 @@ from contextlib import aclosing, suppress
 from dataclasses import asdict
 from typing import Any
 
+from steersman.guidance.head_models import HeadReward
 from steersman.guidance.plan import compile_plan
 from steersman.guidance.request import (
     BestOfN,
     Blockwise,
+    Guidance,
     GuidanceError,
     SteeredGuidance,
     TooLong,
@@ -22,11 +24,12 @@ from steersman.guidance.request import (
 from steersman.guidance.text_form import Source
 from steersman.guidance.tokenizers import find_unreadable
 from steersman.server import teacher_forcing
+from steersman.server.adapter_drift import AdapterDrift
 from steersman.server.admission import Ticket, admit, admit_search
 from steersman.server.budget import CacheBudget
 from steersman.server.config import CONFIG_KEY, GuidanceEntry
 from steersman.server.errors import GuidanceFailed, fault_of, reject
-from steersman.server.heads import TEXTS_AT_ONCE, forget_text, new_key, prove_head, score_by_head
+from steersman.server.heads import TEXTS_AT_ONCE, forget_text, new_key, prove_head, run_together, score_by_head
 from steersman.server.limits.queue import GuidedQueue
 from steersman.server.limits.settings import Limits
 from steersman.server.liveness import Workers
@@ -35,7 +38,14 @@ from steersman.server.registry import SHORTER, LoadedModel, Registry
 from steersman.server.reports import Finished, ReportCollector
 from steersman.server.search import Search, run_search
 from steersman.server.users import ModelUsers
-from steersman.server.vllm import EngineClient, EngineDeadError, RequestOutput, RequestOutputKind, SamplingParams
+from steersman.server.vllm import (
+    EngineClient,
+    EngineDeadError,
+    LoRARequest,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+)
 
 TEXT_TOKENS_PER_CALL = 1024
 """Tokens of text that one call to a worker reads, at least one text: other requests' tokens wait for its end."""
@@ -65,6 +75,7 @@ class GuidedEngine:
         self._collector = ReportCollector(self._finish, sharded=registry.sharded)
         self._cleaning: set[asyncio.Task[Any]] = set()
         self._texts_of_heads = asyncio.Semaphore(TEXTS_AT_ONCE)
+        self._adapter_drift = AdapterDrift(engine)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -104,6 +115,8 @@ class GuidedEngine:
                     search, followed, entry["key"], prompt, sampling_params, request_id, kwargs
                 )
                 return self._generate_using([search.model], outputs)
+            if (adapter := kwargs.get("lora_request")) is not None:
+                self._adapter_drift.check(self.registry.heads_of(guidance), adapter)
             ticket = admit(self.registry, self.budget, entry, prompt, sampling_params)
             scored = self._admit_text(guidance, entry, prompt, sampling_params)
         except GuidanceError as error:
@@ -129,6 +142,7 @@ class GuidedEngine:
         """From now on no request may name the model; returns when those that do have ended."""
         self.registry = self.registry.without_model(name)
         await self.users.close(name)
+        self._adapter_drift.forget(name)
         self.budget.remove(name)
 
     def drain_by(self, drain: Callable[[float], Coroutine[Any, Any, None]]) -> None:
@@ -155,7 +169,15 @@ class GuidedEngine:
         body["work"] = reply["work"]
         for model in (*body["reward_models"], *body["policies"]):
             model["cache_blocks_in_use"] = current.get(model["name"], {}).get("cache_blocks_in_use")
+            model["adapter_drift"] = self._adapter_drift.describe(model["name"])
         return body
+
+    async def measure_adapter(self, guidance: Guidance, adapter: LoRARequest) -> None:
+        """Measures how far the heads that guide a request drift where the base runs with an adapter. Raises
+        GuidanceError where one of them does not fit it."""
+        heads = self.registry.heads_of(guidance)
+        with self.users.using([self.registry.models[name] for name in heads]):
+            await self._adapter_drift.measure(heads, adapter)
 
     async def measure_prompt(
         self, models: Sequence[LoadedModel], prompt: list[int], source: Source | None, field: str
@@ -197,7 +219,7 @@ class GuidedEngine:
         A model that reads text reads all of it again for each token: one call to the worker, during which no request
         is decoded, scores as many as have TEXT_TOKENS_PER_CALL tokens together.
         """
-        if model.kind == "head":
+        if model.kind == HeadReward.kind:
             return await self._score_by_head(model, prompt, response, 0)
         blocks = {model.name: model.blocks_for(len(prompt) + len(response))} if model.cache_blocks else {}
         if self.budget.too_large(blocks) is not None:
@@ -218,9 +240,9 @@ class GuidedEngine:
 
         Raises UnscorableText where one of them cannot be scored.
         """
-        if model.kind == "head":
-            scored = [self._score_by_head(model, prompt, response, len(response) - 1) for response in responses]
-            return [rewards[0] for rewards in await asyncio.gather(*scored)], 0
+        if model.kind == HeadReward.kind:
+            scored = (self._score_by_head(model, prompt, response, len(response) - 1) for response in responses)
+            return [rewards[0] for rewards in await run_together(scored)], 0
         longest = len(prompt) + max(map(len, responses))
         each = model.blocks_for(longest)
         if each and self.budget.too_large({model.name: each}) is not None:
@@ -362,6 +384,8 @@ class GuidedEngine:
         """What scores the prompt, where its log-probabilities are asked for. Raises GuidanceError."""
         if params.prompt_logprobs is None:
             return None
+        if self.registry.speculative:
+            teacher_forcing.refuse_drafts(entry)
         teacher_forcing.check_mode(self._engine.model_config.logprobs_mode, entry)
         teacher_forcing.check_source(entry)
         tokens = len(prompt["prompt_token_ids"])

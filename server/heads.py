@@ -5,19 +5,22 @@ positions that it names, by the same way on which they hand them to heads while 
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from steersman.guidance.checkpoints import ModelRefused
 from steersman.guidance.request import GuidanceError
 from steersman.server.config import CONFIG_KEY
-from steersman.server.vllm import EngineClient, RequestOutputKind, SamplingParams
+from steersman.server.vllm import EngineClient, LoRARequest, RequestOutputKind, SamplingParams
 
 TEXTS_AT_ONCE = 64
 """Texts whose hidden states workers hold for one server at a time: a bound on the memory that they take, far below the
 number beyond which the oldest are forgotten."""
+
+
+_Result = TypeVar("_Result")
 
 
 def new_key() -> str:
@@ -31,16 +34,43 @@ async def prove_head(engine: EngineClient, name: str) -> dict[str, Any]:
 
     All texts of its probe are prefilled together, so that a row that is mistaken for another one shows too.
     """
+    described: dict[str, Any] = await _compare(engine, name, "steersman_prove", None)
+    return described
+
+
+async def measure_drift(engine: EngineClient, name: str, adapter: LoRARequest) -> float:
+    """How far the outputs of a head that is loaded are from those in training where the base model runs with an adapter
+    (LoRA), as a share of their spread. Raises ModelRefused where it cannot be measured."""
+    drift: float = await _compare(engine, name, "steersman_measure_drift", adapter)
+    return drift
+
+
+async def run_together(work: Iterable[Coroutine[Any, Any, _Result]]) -> list[_Result]:
+    """The results of `work`, in its order; where one raises, the others are cancelled."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+async def _compare(engine: EngineClient, name: str, method: str, adapter: LoRARequest | None) -> Any:
+    """What a method of the workers returns for a head and the base's hidden states of its probe; raises ModelRefused
+    for its refusal."""
     probes = await engine.collective_rpc("steersman_probe", args=(name,))
     texts = next(reply for reply in probes if reply is not None)
     keys = [new_key() for _ in texts]
-    await asyncio.gather(*(_prefill(engine, text, len(text) - 1, key) for text, key in zip(texts, keys, strict=True)))
-    replies = await engine.collective_rpc("steersman_prove", args=(name, keys))
+    await run_together(
+        _prefill(engine, text, len(text) - 1, key, adapter) for text, key in zip(texts, keys, strict=True)
+    )
+    replies = await engine.collective_rpc(method, args=(name, keys))
     refusal = next((reply for reply in replies if isinstance(reply, str)), None)
     if refusal is not None:
         raise ModelRefused(refusal)
-    described: dict[str, Any] = next(reply for reply in replies if reply is not None)
-    return described
+    return next(reply for reply in replies if reply is not None)
 
 
 async def score_by_head(
@@ -65,7 +95,9 @@ async def forget_text(engine: EngineClient, key: str) -> None:
     await engine.collective_rpc("steersman_forget_hidden", args=(key,))
 
 
-async def _prefill(engine: EngineClient, tokens: Sequence[int], start: int, key: str) -> None:
+async def _prefill(
+    engine: EngineClient, tokens: Sequence[int], start: int, key: str, adapter: LoRARequest | None = None
+) -> None:
     """Lets the workers keep the hidden states from position `start` on, under `key`."""
     params = SamplingParams(
         temperature=0.0,
@@ -77,6 +109,7 @@ async def _prefill(engine: EngineClient, tokens: Sequence[int], start: int, key:
         extra_args={CONFIG_KEY: {"key": key, "span": [start, len(tokens)]}},
     )
     prompt = {"type": "token", "prompt_token_ids": list(tokens)}
-    async with aclosing(engine.generate(prompt, params, f"hidden-{key}")) as outputs:
+    request_id = f"hidden-{key}"
+    async with aclosing(engine.generate(prompt, params, request_id, lora_request=adapter)) as outputs:
         async for _ in outputs:
             pass

@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProc
 from steersman.guidance.rows import GuidedRequest, Row
 from steersman.guidance.transfer import to_device
 from steersman.server.adapters import NOT_ATTACHED, changes_logits, force_tokens
+from steersman.server.drafts import Drafts
 from steersman.server.loading import build_runtime, read_attached, read_span
 
 _UNKNOWN = -1
@@ -53,8 +54,6 @@ class GuidanceLogitsProcessor(LogitsProcessor):
     """Guides the rows whose slots hold a guided request."""
 
     def __init__(self, vllm_config: Any, req_states: LogitsProcRequestState) -> None:
-        if vllm_config.speculative_config is not None:
-            raise ValueError("guidance does not work with speculative decoding; start without --speculative-config")
         self.runtime = build_runtime(vllm_config, req_states.device)
         self._others = len(vllm_config.model_config.logits_processors or ()) > 1
         """Whether the operator has added logits processors, which may change the logits of any row."""
@@ -69,11 +68,16 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         """[tokens, D]: the base's hidden states of this step, while it samples."""
         self._spans: dict[int, Hashable] = {}
         """By slot: texts of which hidden states are kept."""
+        speculative = vllm_config.speculative_config is not None
+        self._drafts = Drafts(self.runtime, req_states) if speculative else None
+        """Under speculative decoding."""
 
     def attach(self, model_runner: Any) -> None:
         """Puts guidance between the model and the sampler of the runner."""
         self._sampler = model_runner.sampler
         _call_before(self._sampler, self.guide)
+        if model_runner.rejection_sampler is not None:
+            _call_before(model_runner.rejection_sampler, self.guide)
         self._follow_hidden_states(model_runner)
         grammars = model_runner.structured_outputs_worker
         if grammars is None:
@@ -142,11 +146,17 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         unmasked, self._unmasked = self._unmasked, None
         lengths = batch.seq_lens_cpu_upper_bound.numpy()
         held = self._find_guided(batch.idx_mapping_np, lengths)
+        if self._drafts is not None:
+            self._drafts.complete(self._slots)
         if not held:
             return logits
-        rows = [self._row(index, slot, int(lengths[index])) for index, slot in held]
         fed = batch.input_ids[batch.logits_indices]
-        self._learn(held, fed)
+        positions = None
+        if self._drafts is None:
+            rows = [self._row(index, slot, int(lengths[index])) for index, slot in held]
+            self._learn(held, fed)
+        else:
+            rows, positions = self._drafts.begin(held, batch)
         biased = None
         if any(slot.changed for _, slot in held):
             biased = self._bias(logits.to(torch.float32, copy=True), batch)
@@ -154,8 +164,9 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         hidden = None
         if self._hidden is not None and self.runtime.models.heads:
             hidden = self._hidden[batch.logits_indices]
-        self.runtime.step(guided, rows, fed.long(), biased, hidden)
-        self._stepped = [slot for _, slot in held]
+        self.runtime.step(guided, rows, fed.long(), biased, hidden, positions)
+        # Heads, which alone guide drafts, read nothing ahead.
+        self._stepped = [] if self._drafts is not None else [slot for _, slot in held]
         return guided if unmasked is None else guided.masked_fill_(logits.isneginf(), -torch.inf)
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
@@ -233,7 +244,7 @@ def _call_before(sampler: Any, guide: Any) -> None:
     wrapped, for vLLM looks at the class."""
 
     class Guided(type(sampler)):  # type: ignore[misc]
-        def __call__(self, logits: torch.Tensor, input_batch: Any) -> Any:
-            return super().__call__(guide(logits, input_batch), input_batch)
+        def __call__(self, logits: torch.Tensor, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(guide(logits, input_batch), input_batch, *args, **kwargs)
 
     sampler.__class__ = Guided

@@ -5,12 +5,15 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from steersman.guidance import request as limits
+from steersman.guidance.head_models import HEAD_KINDS
 from steersman.guidance.plan import Plan
 from steersman.guidance.request import (
     Guidance,
     GuidanceError,
     ModelNotLoaded,
     RewardGuidance,
+    SearchGuidance,
+    SteeredGuidance,
     TooLong,
     describe_methods,
     policies,
@@ -74,6 +77,8 @@ class Registry:
     """Names of the base model."""
     sharded: bool = False
     """Whether each tensor-parallel rank samples, and guides, requests of its own."""
+    speculative: bool = False
+    """Whether the base decodes speculatively: tokens are drafted, and may be rejected after they were guided."""
 
     @property
     def models(self) -> dict[str, LoadedModel]:
@@ -112,6 +117,8 @@ class Registry:
                 "cannot be kept by a server that shards sampling, where a preempted answer may go on in a worker that "
                 "does not know what it has spent; leave it out or start without --enable-batch-sharded-sampling",
             )
+        if self.speculative and not isinstance(guidance, SearchGuidance):
+            self._check_drafts(guidance)
         if isinstance(guidance, RewardGuidance) and guidance.top_k is None:
             for _, name in reward_models(guidance):
                 if self.reward_models[name].kind not in EVERY_TOKEN:
@@ -129,6 +136,23 @@ class Registry:
                         "behind an end token; leave end_token out or use a reward model that reads candidates",
                     )
 
+    def _check_drafts(self, guidance: SteeredGuidance) -> None:
+        """Raises GuidanceError for what cannot guide drafted tokens."""
+        for place, name in (*reward_models(guidance), *policies(guidance)):
+            if self.models[name].kind not in HEAD_KINDS:
+                raise GuidanceError(
+                    place,
+                    f"{name!r} is of kind {self.models[name].kind}, which reads each token and cannot take back those "
+                    "that speculative decoding rejects; use a head, best_of_n or blockwise, or start without "
+                    "--speculative-config",
+                )
+        if guidance.kl_budget is not None:
+            raise GuidanceError(
+                "guidance.kl_budget",
+                "cannot be kept under speculative decoding, where tokens are guided before it is known what those in "
+                "front of them have spent; leave it out or start without --speculative-config",
+            )
+
     @property
     def preset_models(self) -> dict[str, str]:
         """The names, MODEL:PRESET, under which presets are served as models, and the preset of each."""
@@ -142,6 +166,14 @@ class Registry:
         """Reward models of a checked request that read text."""
         named = [self.reward_models[name] for _, name in reward_models(guidance)]
         return [model for model in named if model.kind == "text"]
+
+    def heads_of(self, guidance: Guidance) -> list[str]:
+        """Names of the heads that guide the tokens of a checked request. A head that picks among samples is given the
+        hidden states of the base itself."""
+        if isinstance(guidance, SearchGuidance):
+            return []
+        named = dict.fromkeys(name for _, name in (*reward_models(guidance), *policies(guidance)))
+        return [name for name in named if self.models[name].kind in HEAD_KINDS]
 
     def find_preset(self, name: str) -> Guidance:
         """The guidance that a preset stands for; raises GuidanceError."""
@@ -238,7 +270,8 @@ def build_registry(
     """A registry from what a worker's runtime says of its models. served: names of the base model."""
     loaded = [map(read_description, described[kind]) for kind in ("reward_models", "policies")]
     rewards, policies = ({model.name: model for model in models} for models in loaded)
-    return Registry(rewards, policies, dict(presets), tuple(served), described["sharded"])
+    kept = {name: described[name] for name in ("sharded", "speculative")}
+    return Registry(rewards, policies, dict(presets), tuple(served), **kept)
 
 
 def read_description(described: Mapping[str, Any]) -> LoadedModel:

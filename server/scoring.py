@@ -5,10 +5,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from steersman.guidance.head_models import HeadReward
 from steersman.guidance.request import WHOLE, GuidanceError, ModelNotLoaded, TooLong
 from steersman.guidance.text_form import Source
 from steersman.guidance.tokenizers import check_ids, find_unreadable
 from steersman.server.engine import GuidedEngine
+from steersman.server.heads import run_together
 from steersman.server.limits.caps import MAX_RESPONSES
 from steersman.server.registry import EVERY_TOKEN, LoadedModel, PromptLength
 from steersman.server.sources import chat_source, completion_source
@@ -72,17 +74,35 @@ async def _score_responses(
     for index, tokens in enumerate(responses):
         _check_ids(f"responses.{index}", model, tokens, vocabulary)
         _check_length(f"responses.{index}", model, length, tokens)
-    data = []
-    for index, tokens in enumerate(responses):
-        entry: dict[str, Any] = {"index": index, "tokens": len(tokens)}
+    if model.kind == HeadReward.kind:
+        # The base prefills them together; a model with a cache of its own reads one after the other.
+        scored = await run_together(
+            _score(engine, model, prompt, tokens, sent, request.prefixes) for tokens in responses
+        )
+    else:
+        scored = [await _score(engine, model, prompt, tokens, sent, request.prefixes) for tokens in responses]
+    data: list[dict[str, Any]] = [{"index": index, "tokens": len(tokens)} for index, tokens in enumerate(responses)]
+    for entry, rewards in zip(data, scored, strict=True):
         if request.prefixes:
-            entry["prefix_rewards"] = await engine.score_prefixes(model, prompt, tokens, sent)
-            entry["reward"] = entry["prefix_rewards"][-1]
-        else:
-            (entry["reward"],), _ = await engine.score_answers(model, prompt, [tokens], sent)
-        data.append(entry)
+            entry["prefix_rewards"] = rewards
+        entry["reward"] = rewards[-1]
     read = sum(entry["tokens"] for entry in data) + len(prompt) * len(data)
     return {"object": "list", "model": model.name, "data": data, "usage": {"total_tokens": read}}
+
+
+async def _score(
+    engine: GuidedEngine,
+    model: LoadedModel,
+    prompt: list[int],
+    response: list[int],
+    source: dict[str, Any] | None,
+    prefixes: bool,
+) -> list[float]:
+    """The reward of each prefix of a response, or of the response alone."""
+    if prefixes:
+        return await engine.score_prefixes(model, prompt, response, source)
+    rewards, _ = await engine.score_answers(model, prompt, [response], source)
+    return rewards
 
 
 def _find_source(model: LoadedModel, request: RewardsRequest) -> Source | None:

@@ -155,8 +155,6 @@ def check_before_start(args: argparse.Namespace, limits: Limits) -> dict[str, Gu
             "--data-parallel-size: the reports of all engines but the first would be lost; start a server for each and "
             "put a router in front (docs/operations.md)"
         )
-    if args.speculative_config is not None:
-        raise ModelRefused("--speculative-config: guidance does not work with speculative decoding; leave it out")
     rewards, policies = (
         parse_named_paths("--reward-model", args.reward_model),
         parse_named_paths("--policy", args.policy),

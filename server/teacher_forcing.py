@@ -56,6 +56,15 @@ def refuse(guidance: SearchGuidance, params: SamplingParams, entry: Mapping[str,
         )
 
 
+def refuse_drafts(entry: Mapping[str, Any]) -> None:
+    """Raises GuidanceError: under speculative decoding a step takes any number of a text's tokens."""
+    raise GuidanceError(
+        entry[LOGPROBS_FIELD],
+        "log-probabilities of a text under guidance cannot be had under speculative decoding, which decodes several of "
+        "its tokens at once; leave it out or start without --speculative-config",
+    )
+
+
 def check_mode(logprobs_mode: str, entry: Mapping[str, Any]) -> None:
     """Raises GuidanceError where the server was told to return log-probabilities of what is left to sample from: of a
     forced token that is always 0."""

@@ -29,6 +29,7 @@ from vllm.entrypoints.serve.utils.api_utils import (
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.exceptions import GenerationError, VLLMValidationError
 from vllm.logger import configure_logging_from_args
+from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -40,7 +41,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.outputs import LogprobsLists
 
-from steersman.server.adapters import attach_adapter
+from steersman.server.adapters import attach_adapter, require_exact_drafts
 from steersman.server.limits import headers
 from steersman.server.limits.headers import BoundedHeaders
 
@@ -60,6 +61,7 @@ __all__ = [
     "FinishReason",
     "FlexibleArgumentParser",
     "GenerationError",
+    "LoRARequest",
     "LogprobsLists",
     "OpenAIServingChat",
     "OutputProcessor",
@@ -95,6 +97,7 @@ async def build_engine(engine_args: AsyncEngineArgs) -> AsyncIterator[AsyncLLM]:
     """vLLM's engine with the guidance processor that fits its model runner."""
     vllm_config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     attach_adapter(vllm_config)
+    require_exact_drafts(vllm_config)
     engine = AsyncLLM.from_vllm_config(
         vllm_config=vllm_config,
         usage_context=UsageContext.OPENAI_API_SERVER,

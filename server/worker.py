@@ -9,6 +9,7 @@ import torch
 
 from steersman.guidance.auxiliary import TextUnreadable, Unscorable
 from steersman.guidance.checkpoints import ModelRefused
+from steersman.guidance.head_models import HeadModel
 from steersman.guidance.report import Report
 from steersman.guidance.work import Failure
 from steersman.server.background import BackgroundTask, ModelLoad, free_apart
@@ -18,6 +19,7 @@ from steersman.server.reading import Wanted
 from steersman.server.reports import Finished
 
 _REPORT = tuple(field.name for field in fields(Report))
+_Compared = TypeVar("_Compared", dict[str, Any], float)
 _Scored = TypeVar("_Scored", list[float], tuple[list[float], int])
 
 
@@ -52,6 +54,7 @@ class GuidanceWorkerExtension:
         return {
             "refusal": runtime.refusal,
             "sharded": getattr(self.model_runner, "batch_sharder", None) is not None,
+            "speculative": self.model_runner.speculative_config is not None,
             "work": asdict(runtime.work),
             "reward_models": [model.describe() for model in runtime.reward_models.values()],
             "policies": [policy.describe() for policy in runtime.policies.values()],
@@ -114,17 +117,27 @@ class GuidanceWorkerExtension:
     def steersman_prove(self, name: str, keys: list[str]) -> dict[str, Any] | str | None:
         """What a head is described by when it was compared with the base model, by the hidden states that were kept at
         the ends of its probe's texts, or why it does not fit."""
+        return self._steersman_compare(name, keys, _prove)
+
+    def steersman_measure_drift(self, name: str, keys: list[str]) -> float | str | None:
+        """How far a head's outputs for such hidden states are from those in training, as a share of their spread, or
+        why it could not be measured."""
+        return self._steersman_compare(name, keys, lambda head, hidden: head.measure_drift(hidden).share)
+
+    def _steersman_compare(
+        self, name: str, keys: list[str], compare: Callable[[HeadModel, torch.Tensor], _Compared]
+    ) -> _Compared | str | None:
         runtime = self._steersman_runtime()
         if runtime is None:
             return None
+        if name not in runtime.models.heads:
+            return f"no head {name!r} is loaded"
         if not all(key in runtime.hidden_states for key in keys):
-            return f"{name!r} cannot be proven: the base's hidden states were not handed over"
-        head = runtime.models.heads[name]
+            return f"{name!r} cannot be compared: the base's hidden states were not handed over"
         try:
-            head.prove(torch.cat([runtime.hidden_states.take(key) for key in keys]))
+            return compare(runtime.models.heads[name], torch.cat([runtime.hidden_states.take(key) for key in keys]))
         except (ModelRefused, RuntimeError) as refusal:
             return str(refusal)
-        return head.describe()
 
     def steersman_measure(self, names: list[str], prompt: list[int], source: dict[str, Any] | None) -> Measured | None:
         """A prompt as each of the named text models reads it."""
@@ -205,6 +218,11 @@ class GuidanceWorkerExtension:
         sampler = getattr(self.model_runner, "sampler", None)
         processors = () if sampler is None else sampler.logits_processors
         return next((p for p in processors if isinstance(p, ProcessorV2)), None)
+
+
+def _prove(head: HeadModel, hidden: torch.Tensor) -> dict[str, Any]:
+    head.prove(hidden)
+    return head.describe()
 
 
 def _scored(runtime: WorkerRuntime, name: str, score: Callable[[], _Scored]) -> _Scored | dict[str, str] | str:

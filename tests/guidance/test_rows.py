@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from steersman.guidance.report import ChosenStep, Counts, Position, VocabularyStep
-from steersman.guidance.rows import GuidedRequest, LastTokens, Row, Steered, begin_positions, choose_last_token
+from steersman.guidance.rows import (
+    GuidedRequest,
+    LastTokens,
+    Row,
+    Steered,
+    begin_positions,
+    choose_draft_tokens,
+    choose_known_tokens,
+    place_draft,
+)
 from tests.support.oracle import plan_of
 
 WIDTH = 16
@@ -56,10 +65,10 @@ def test_positions_computed_ahead_of_a_stop_are_dropped_with_what_they_spent() -
     row = start(output=2)
     row.request.positions = [Position() for _ in range(4)]
     row.request.spent = [0.1, 0.2, 0.3, 0.4]
-    choose_last_token(row.request, row.output)
+    choose_known_tokens(row.request, row.output)
     assert len(row.request.positions) == 2
     assert row.request.spent == [0.1, 0.2]
-    choose_last_token(row.request, [])
+    choose_known_tokens(row.request, [])
     assert (row.request.positions, row.request.spent) == ([], [])
 
 
@@ -86,9 +95,53 @@ def test_the_last_token_of_an_answer_completes_its_last_step(rng: random.Random)
     begin([row])
     step = draw_step(3)
     Steered(row, row.request.plan.formula).record(step, 2)
-    choose_last_token(row.request, [token, 9])
+    choose_known_tokens(row.request, [token, 9])
     expected = [float(logits[2].log_softmax(-1)[token]) for logits in (step.guided, step.base)]
     assert logprobs_of(row.request.positions[0]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_draft_replaces_what_an_earlier_one_has_left_behind_a_rejected_token(rng: random.Random) -> None:
+    request = start().request
+    first, second = ([Row(n, request, (), ()) for n in range(size)] for size in (4, 2))
+    for row in first:
+        Steered(row, request.plan.formula).record(draw_step(1), 0)
+    place_draft(first, [2, 3, 4, 5])
+    assert len(request.positions) == 6
+    assert all(position.step is None for position in request.positions[:2])
+    place_draft(second, [4, 5])
+    assert [id(p) for p in request.positions[2:]] == [id(row.record) for row in (*first[:2], *second)]
+    choose_known_tokens(request, [7] * 5)
+    assert request.positions[-1] is second[0].record
+
+
+def test_every_row_of_a_draft_becomes_what_the_token_behind_it_made_of_it(rng: random.Random) -> None:
+    plan = plan_of(TRACED)
+    requests = [GuidedRequest(n, plan, 1) for n in range(2)]
+    rows = [Row(n, requests[n // 3], (), ()) for n in range(5)]
+    step = draw_step(4)
+    for line, row in enumerate((rows[3], rows[0], rows[4], rows[2])):
+        Steered(row, plan.formula).record(step, line)
+    tokens = [rng.randrange(WIDTH) for _ in rows]
+    choose_draft_tokens(rows, torch.tensor(tokens))
+    assert rows[1].record.step is None, "the base decoded it"
+    for line, n in enumerate((3, 0, 4, 2)):
+        expected = [float(logits[line].log_softmax(-1)[tokens[n]]) for logits in (step.guided, step.base)]
+        assert logprobs_of(rows[n].record) == pytest.approx(expected, abs=1e-5)
+        assert rows[n].record.traced
+
+
+def test_tokens_that_were_drafted_before_a_stop_are_chosen_from_the_answer(rng: random.Random) -> None:
+    request, step = start().request, draw_step(3)
+    rows = [Row(n, request, (), ()) for n in range(3)]
+    for line, row in enumerate(rows):
+        Steered(row, request.plan.formula).record(step, line)
+    place_draft(rows, [1, 2, 3])
+    tokens = [rng.randrange(WIDTH) for _ in range(3)]
+    choose_known_tokens(request, tokens)
+    assert len(request.positions) == 3
+    for line in range(2):
+        expected = [float(logits[line].log_softmax(-1)[tokens[line + 1]]) for logits in (step.guided, step.base)]
+        assert logprobs_of(request.positions[line + 1]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_positions_that_another_worker_guided_stay_empty(rng: random.Random) -> None:

@@ -9,7 +9,8 @@ import torch
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from steersman.server.adapters import attach_adapter, changes_logits, force_tokens
+from steersman.guidance.checkpoints import ModelRefused
+from steersman.server.adapters import attach_adapter, changes_logits, force_tokens, require_exact_drafts
 
 
 class Config:
@@ -69,3 +70,32 @@ def test_one_token_is_left_in_the_rows_of_texts_that_are_not_complete(rng: rando
     probabilities = logits.softmax(-1)
     assert [float(probabilities[row, token]) for row, token in ((3, texts[0][0]), (0, texts[1][2]))] == [1.0, 1.0]
     assert torch.equal(logits[1:3], own[1:3])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, None),
+        ({"rejection_sample_method": "block"}, None),
+        ({"rejection_sample_method": "synthetic"}, "choose standard or block"),
+        ({"enable_adaptive_verification": True}, "enable_adaptive_verification"),
+        ({"use_v2_model_runner": False}, "Model Runner V2"),
+        ({"enable_batch_sharded_sampling": True}, "leave one of the two out"),
+    ],
+)
+def test_speculation_that_would_not_be_exact_is_refused_at_start(change: dict[str, Any], says: str | None) -> None:
+    known: dict[str, Any] = {
+        **{"rejection_sample_method": "standard", "enable_adaptive_verification": False},
+        **{"use_v2_model_runner": True, "enable_batch_sharded_sampling": False},
+        **change,
+    }
+    config = SimpleNamespace(
+        speculative_config=SimpleNamespace(**known), parallel_config=SimpleNamespace(**known), **known
+    )
+    if says is None:
+        require_exact_drafts(config)
+    else:
+        with pytest.raises(ModelRefused, match=f"^--speculative-config: .*{says}"):
+            require_exact_drafts(config)
+    config.speculative_config = None
+    require_exact_drafts(config)

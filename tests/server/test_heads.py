@@ -1,5 +1,6 @@
 """Heads on a server: they score texts as a float64 reference does, cost no tokens and no cache, and come and go."""
 
+import asyncio
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from steersman.guidance.head_files import REWARD
+from steersman.server.heads import run_together
 from tests.server.test_admin import Admin
 from tests.support.metrics import growth, read_metrics, total
 from tests.support.oracle import Oracle, head_rewards
@@ -218,3 +220,28 @@ def test_a_head_of_another_base_leaves_nothing_behind(
     (entry,) = server.post("/v1/rewards", {"model": "astray", "prompt": prompt, "responses": [response]}).json()["data"]
     assert entry["reward"] == _close(value(prompt, response))
     admin.unload("astray")
+
+
+def test_work_that_runs_together_keeps_its_order_and_ends_with_the_first_failure() -> None:
+    ended: list[int] = []
+
+    async def one(place: int, fails: bool = False) -> int:
+        try:
+            await asyncio.sleep(0.001 * (3 - place))
+            if fails:
+                raise ValueError("text")
+            return place
+        finally:
+            ended.append(place)
+
+    async def stuck(place: int) -> int:
+        try:
+            return int(await asyncio.Event().wait())
+        finally:
+            ended.append(place)
+
+    assert asyncio.run(run_together(one(place) for place in range(3))) == [0, 1, 2]
+    ended.clear()
+    with pytest.raises(ValueError, match="text"):
+        asyncio.run(asyncio.wait_for(run_together([stuck(0), one(1, True), stuck(2)]), 10))
+    assert sorted(ended) == [0, 1, 2], "nothing is left running"

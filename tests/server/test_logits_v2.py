@@ -147,7 +147,9 @@ def make_adapter(models: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Buf
     def make(states: Buffers) -> GuidanceLogitsProcessor:
         config = SimpleNamespace(speculative_config=None, model_config=SimpleNamespace(logits_processors=[""]))
         adapter = GuidanceLogitsProcessor(config, states)  # type: ignore[arg-type]
-        runner = SimpleNamespace(sampler=Sampler(), structured_outputs_worker=None, sample=print)
+        runner = SimpleNamespace(
+            sampler=Sampler(), rejection_sampler=None, structured_outputs_worker=None, sample=print
+        )
         runner.sample = lambda hidden, batch, grammar: adapter.guide(batch.logits, batch)
         adapter.attach(runner)
         adapter.runner = runner  # type: ignore[attr-defined]
@@ -226,7 +228,9 @@ def test_a_grammar_masks_guided_logits_and_hides_nothing_from_the_models(
     grammars = SimpleNamespace(apply_grammar_bitmask=lambda logits: logits.masked_fill_(banned, -torch.inf))
     sampler: Any = Sampler()
     sampler.logits_processors, sampler.penalties_state = [adapter], None
-    adapter.attach(SimpleNamespace(sampler=sampler, structured_outputs_worker=grammars, sample=print))
+    adapter.attach(
+        SimpleNamespace(sampler=sampler, rejection_sampler=None, structured_outputs_worker=grammars, sample=print)
+    )
     engine = Engine(rng, oracle, [adapter], states)
     prompts = random_prompts(rng, 2, longest=30)
     guidances: list[Any] = [{"method": "mixed", "policy": "expert", "mix": 1.0}, None]
@@ -255,11 +259,6 @@ def _wanted(rng: random.Random, ranks: int) -> dict[str, Any]:
     """A sharded server refuses budgets."""
     guidance = any_guidance(rng)
     return {name: value for name, value in guidance.items() if ranks == 1 or name != "kl_budget"}
-
-
-def test_speculative_decoding_is_refused_with_the_way_out() -> None:
-    with pytest.raises(ValueError, match="start without --speculative-config"):
-        GuidanceLogitsProcessor(SimpleNamespace(speculative_config=object()), Buffers())  # type: ignore[arg-type]
 
 
 WIDTH = 16
@@ -299,7 +298,12 @@ class Runner:
             apply_grammar_bitmask=lambda logits, *_: logits.masked_fill_(self.banned, -torch.inf)
         )
         self.adapter.attach(
-            SimpleNamespace(sampler=self.sampler, structured_outputs_worker=self.grammars, sample=print)
+            SimpleNamespace(
+                sampler=self.sampler,
+                rejection_sampler=None,
+                structured_outputs_worker=self.grammars,
+                sample=print,
+            )
         )
 
     @property

@@ -1,16 +1,21 @@
 """`POST /v1/rewards`: the reward of finished texts is the reward model's own."""
 
+import asyncio
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
+from steersman.server import scoring
+from steersman.server.registry import LoadedModel
+from steersman.server.scoring import RewardsRequest
 from tests.support.oracle import causal_rewards, text_rewards
 from tests.support.random_input import random_prompts
 from tests.support.server import Server
-from tests.support.tiny import END
+from tests.support.tiny import END, VOCABULARY
 
 
 @pytest.mark.parametrize("name", ["first", "second"])
@@ -76,3 +81,37 @@ def test_a_reward_that_is_not_a_number_is_an_error_not_a_value(server: Server) -
     assert "'broken'" in response.json()["error"]["message"]
     sound = server.post("/v1/rewards", {"model": "broken", "prompt": [5, 6], "responses": [[7, 8]]})
     assert sound.status_code == 200
+
+
+class TogetherOnly:
+    """An engine whose scores come when as many responses as expected are being scored."""
+
+    def __init__(self, expected: int) -> None:
+        self.model_config = SimpleNamespace(get_vocab_size=lambda: VOCABULARY)
+        self.tokenizer = None
+        self._all = asyncio.Barrier(expected)
+
+    async def score_prefixes(self, model: Any, prompt: list[int], response: list[int], source: Any) -> list[float]:
+        await asyncio.wait_for(self._all.wait(), 10)
+        return [float(token) for token in response]
+
+    async def score_answers(
+        self, model: Any, prompt: list[int], responses: list[list[int]], source: Any
+    ) -> tuple[list[float], int]:
+        return [rewards[-1] for rewards in [await self.score_prefixes(model, prompt, responses[0], source)]], 0
+
+
+@pytest.mark.parametrize("prefixes", [True, False])
+@pytest.mark.parametrize(("kind", "at_once"), [("head", 7), ("causal", 1)])
+def test_a_head_scores_all_responses_together_and_keeps_their_order(
+    rng: random.Random, kind: str, at_once: int, prefixes: bool
+) -> None:
+    responses = [[rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 5))] for _ in range(7)]
+    request = RewardsRequest(model="m", prompt=[5], responses=responses, prefixes=prefixes)
+    engine: Any = TogetherOnly(at_once)
+    body = asyncio.run(scoring._score_responses(engine, LoadedModel("m", kind, 512), request, [5], None))
+    assert [entry["reward"] for entry in body["data"]] == [float(response[-1]) for response in responses]
+    assert [entry["index"] for entry in body["data"]] == list(range(7))
+    for entry, response in zip(body["data"], responses, strict=True):
+        assert entry.get("prefix_rewards") == ([float(token) for token in response] if prefixes else None)
+    assert body["usage"]["total_tokens"] == sum(map(len, responses)) + 7

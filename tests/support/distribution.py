@@ -35,7 +35,9 @@ _HEAD = {"method": "pargs", "rewards": [{"model": "atop"}], "beta": 0.25, "top_k
 """Rewards that vary by some nats: more strength would leave one token, which tells nothing apart."""
 
 
-def _changed(guidance: dict[str, Any], **wrong: Any) -> Case:
+def changed(guidance: dict[str, Any], **wrong: Any) -> Case:
+    """A method whose parameters are mistaken for `wrong` ones."""
+
     def case(oracle: Oracle, prompt: list[int], length: int) -> tuple[dict[str, Any], Joint, Joint]:
         right = _joint(oracle, prompt, guidance, length)
         return guidance, right, _joint(oracle, prompt, {**guidance, **wrong}, length)
@@ -64,25 +66,25 @@ def _two_samples(error: float) -> Case:
 
 
 CASES: dict[str, Case] = {
-    "one reward": _changed({"method": "pargs", "reward_model": "first", "beta": 0.8, "top_k": 10}, beta=0.6),
-    "two rewards": _changed(_TWO_REWARDS, beta=0.5),
-    "gated reward": _changed({"method": "pargs", "reward_model": "first", "gate": {"first_tokens": 1}}, beta=0.75),
-    "mixed 0": _changed({"method": "mixed", "policy": "expert", "mix": 0.0}, mix=0.15),
-    "mixed 0.3": _changed({"method": "mixed", "policy": "expert", "mix": 0.3}, mix=0.45),
-    "mixed 1": _changed({"method": "mixed", "policy": "expert", "mix": 1.0}, mix=1.15),
-    "mixed 1.7": _changed({"method": "mixed", "policy": "expert", "mix": 1.7}, mix=1.85),
-    "length_control": _changed({"method": "length_control", "policy": "other", "length": 1}, length=2),
-    "product of three": _changed({"method": "product", "policies": _PRODUCT}, policies={**_PRODUCT, "other": -0.3}),
-    "head": _changed(_HEAD, beta=0.15),
-    "policy head": _changed({"method": "mixed", "policy": "tilted", "mix": 0.8}, mix=0.65),
+    "one reward": changed({"method": "pargs", "reward_model": "first", "beta": 0.8, "top_k": 10}, beta=0.6),
+    "two rewards": changed(_TWO_REWARDS, beta=0.5),
+    "gated reward": changed({"method": "pargs", "reward_model": "first", "gate": {"first_tokens": 1}}, beta=0.75),
+    "mixed 0": changed({"method": "mixed", "policy": "expert", "mix": 0.0}, mix=0.15),
+    "mixed 0.3": changed({"method": "mixed", "policy": "expert", "mix": 0.3}, mix=0.45),
+    "mixed 1": changed({"method": "mixed", "policy": "expert", "mix": 1.0}, mix=1.15),
+    "mixed 1.7": changed({"method": "mixed", "policy": "expert", "mix": 1.7}, mix=1.85),
+    "length_control": changed({"method": "length_control", "policy": "other", "length": 1}, length=2),
+    "product of three": changed({"method": "product", "policies": _PRODUCT}, policies={**_PRODUCT, "other": -0.3}),
+    "head": changed(_HEAD, beta=0.15),
+    "policy head": changed({"method": "mixed", "policy": "tilted", "mix": 0.8}, mix=0.65),
     "kl_threshold exact": _exact_threshold,
     "kl_threshold monte carlo": _two_samples(0.4),
 }
 
 COARSE_CASES: dict[str, Case] = {
-    "gated reward": _changed({"method": "pargs", "reward_model": "first", "gate": {"first_tokens": 1}}, beta=0.5),
-    "mixed 0.3": _changed({"method": "mixed", "policy": "expert", "mix": 0.3}, mix=0.6),
-    "head": _changed(_HEAD, rewards=[{"model": "atop", "weight": -1.0}]),
+    "gated reward": changed({"method": "pargs", "reward_model": "first", "gate": {"first_tokens": 1}}, beta=0.5),
+    "mixed 0.3": changed({"method": "mixed", "policy": "expert", "mix": 0.3}, mix=0.6),
+    "head": changed(_HEAD, rewards=[{"model": "atop", "weight": -1.0}]),
     "kl_threshold monte carlo": _two_samples(1.0),
 }
 
