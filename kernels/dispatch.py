@@ -48,7 +48,7 @@ def write_reranked(
     if has_kernels(logits.device):
         from steersman.kernels.rerank import reward_rerank
 
-        return reward_rerank(logits, rows.int(), ids.int(), base.contiguous(), terms, rewards.contiguous())
+        return reward_rerank(logits, rows, ids.contiguous(), base.contiguous(), terms, rewards.contiguous())
     if has_numba() and logits.is_contiguous() and logits.dtype is torch.float32:
         from steersman.kernels import cpu
 
@@ -63,7 +63,7 @@ def gather_outputs(
     if has_kernels(features.device):
         from steersman.kernels import gather
 
-        return gather.gather_outputs(features, weight, bias, tokens.int())
+        return gather.gather_outputs(features, weight, bias, tokens)
     if has_numba() and weight.dtype is torch.float32 and weight.is_contiguous() and not weight.requires_grad:
         from steersman.kernels import cpu
 
