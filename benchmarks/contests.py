@@ -83,8 +83,8 @@ def _rerank(device: torch.device, rows: int, vocabulary: int, k: int = 10) -> Co
         strength, scale, shift = torch.rand(3, rows, 1, device=device)
         terms = RewardTerms(strength, scale, shift, torch.zeros(rows, 1, device=device, dtype=torch.int32))
         return (
-            torch.empty(rows, vocabulary, device=device), torch.arange(rows, device=device, dtype=torch.int32),
-            torch.rand(rows, vocabulary, device=device).topk(k).indices.int(),
+            torch.empty(rows, vocabulary, device=device), torch.arange(rows, device=device),
+            torch.rand(rows, vocabulary, device=device).topk(k).indices,
             torch.randn(rows, k, device=device).log_softmax(-1), terms, torch.randn(rows, 1, k, device=device),
         )  # fmt: skip
 
@@ -109,14 +109,14 @@ def _gather(device: torch.device, rows: int, vocabulary: int, k: int = 10, rank:
 
     def make_inputs() -> Inputs:
         weight = torch.randn(vocabulary, rank, device=device).to(dtype)
-        tokens = torch.randint(vocabulary, (rows, k), device=device, dtype=torch.int32)
+        tokens = torch.randint(vocabulary, (rows, k), device=device)
         return torch.randn(rows, rank, device=device), weight, tokens
 
     return Contest(
         f"gather_outputs, k = {k}, R = {rank}, {_short(dtype)}",
         f"({rows}, {vocabulary})",
         rows,
-        rows * (k * (rank * dtype.itemsize + 8) + 4 * rank),
+        rows * (k * (rank * dtype.itemsize + 12) + 4 * rank),
         make_inputs,
         {
             OURS: lambda features, weight, tokens: (gather_outputs(features, weight, None, tokens),),

@@ -98,8 +98,9 @@ class FrozenHead:
 
     @property
     def size(self) -> int:
-        """Bytes of its weights."""
-        return 4 * count_parameters(self.shape)
+        """Bytes of its weights, as they lie on the device."""
+        own = (self._inner, self._inner_bias, self._outer, self._outer_bias, self._tokens, self._bias)
+        return sum(tensor.numel() * tensor.element_size() for tensor in own)
 
     def warm_up(self) -> None:
         """Compiles on a GPU what `at` launches."""

@@ -66,7 +66,7 @@ def write_reranked(
     if has_kernels(logits.device):
         from steersman.kernels.rerank import reward_rerank
 
-        scores = reward_rerank(logits, rows.int(), ids.int(), base.contiguous(), terms, rewards.contiguous())
+        scores = reward_rerank(logits, rows, ids.contiguous(), base.contiguous(), terms, rewards.contiguous())
     else:
         scores = reference.reward_rerank(logits, rows, ids, base, terms, rewards)
     return scores, scores[:, 0].isnan()
@@ -100,7 +100,7 @@ def gather_outputs(
     if has_kernels(features.device):
         from steersman.kernels import gather
 
-        return gather.gather_outputs(features, weight, bias, tokens.int())
+        return gather.gather_outputs(features, weight, bias, tokens)
     if _fits_numba(weight) and not weight.requires_grad:
         from steersman.kernels import cpu
 

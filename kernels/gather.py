@@ -17,7 +17,7 @@ def gather_outputs(
 ) -> torch.Tensor:
     """weight[v] · features + bias[v] for the tokens v of each row, in float32.
 
-    features: [B, R]. weight: [V, R], of any precision. bias: [V] or None. tokens: [B, k] int32 below V.
+    features: [B, R]. weight: [V, R], of any precision. bias: [V] or None. tokens: [B, k] integers below V.
     Returns [B, k] float32.
     """
     outputs = features.new_empty(tokens.shape, dtype=torch.float32)

@@ -37,7 +37,7 @@ def production_launches() -> dict[str, Launch]:
 def output_layer_launches(dtype: torch.dtype, rank: int, bias: bool) -> dict[str, Launch]:
     """Those that compute outputs of a linear layer [V, rank] of this precision for a few tokens of each row."""
     weight = _tensor(_PADDING, rank, dtype=dtype)
-    tokens, outputs = _tensor(_ROWS, 10, dtype=torch.int32), _tensor(_ROWS, 10)
+    tokens, outputs = _tensor(_ROWS, 10, dtype=torch.int64), _tensor(_ROWS, 10)
     own = _tensor(_PADDING, dtype=dtype) if bias else None
     launch = gather.plan_launch(_tensor(_ROWS, rank), weight, own, tokens, outputs)
     return {f"gather, R = {rank}, {_short(dtype)}{', bias' if bias else ''}": launch}
@@ -106,10 +106,10 @@ def _topk(logits: torch.Tensor) -> Iterator[tuple[str, Launch]]:
 
 
 def _rerank(logits: torch.Tensor) -> Iterator[tuple[str, Launch]]:
-    rows, terms = _tensor(_ROWS, dtype=torch.int32), _tensor(_ROWS, 2)
+    rows, terms = _tensor(_ROWS, dtype=torch.int64), _tensor(_ROWS, 2)
     asked = RewardTerms(terms, terms, terms, _tensor(_ROWS, 2, dtype=torch.int32))
     for k in (16, 32, 64):
-        ids, candidates = _tensor(_ROWS, k, dtype=torch.int32), _tensor(_ROWS, k)
+        ids, candidates = _tensor(_ROWS, k, dtype=torch.int64), _tensor(_ROWS, k)
         rewards = _tensor(_ROWS, 2, k)
         yield f"rerank, k = {k}", rerank.plan_launch(logits, rows, ids, candidates, asked, rewards, candidates)
 

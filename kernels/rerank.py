@@ -27,7 +27,7 @@ def reward_rerank(
     candidates, -inf elsewhere (PARGS, Algorithm 1). The constant keeps the log-sum-exp of each row's candidates, so
     that nothing downstream depends on where a reward has its zero.
 
-    rows: [B] int32, the row of `logits` of each; below 0 nothing is written. ids: [B, k] int32 and base: [B, k]
+    rows: [B] integers, the row of `logits` of each; below 0 nothing is written. ids: [B, k] integers and base: [B, k]
     float32, log π₀ up to a constant, -inf for a candidate that is masked. rewards: [B, M, k] float32. A row with a
     score that is not finite, and not that of a masked candidate, or without any candidate, is left as it was, and its
     scores are NaN.

@@ -62,8 +62,8 @@ class Heads:
 
 @pytest.fixture
 def heads(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> Heads:
-    sizes = iter([17, 17])
-    monkeypatch.setattr(rng, "randint", lambda low, high: next(sizes, 4) if (low, high) == (5, 20) else 4)
+    """All heads read states of 17 numbers."""
+    monkeypatch.setattr(rng, "randint", lambda low, high: 17 if (low, high) == (5, 20) else 4)
     return Heads(rng)
 
 
@@ -187,6 +187,29 @@ def test_on_a_device_with_kernels_a_policy_head_takes_two_launches_and_the_host_
     assert launches == {"_project": 1, "_settle": 1}
     for n, mix in enumerate((0.2, 1.0, 0.7)):
         expected = heads.expected(logits[n], hidden[n], {**MIXED, "mix": mix})
+        torch.testing.assert_close(guided[n].double().log_softmax(-1), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("terms", [1, 2])
+def test_on_a_device_with_kernels_reward_heads_take_three_launches_and_one_for_each_term(
+    heads: Heads, rng: random.Random, terms: int
+) -> None:
+    """Candidates are found by two, a head's rewards by one, and all rows are written by one, beside f(h)."""
+    extra = random_head(rng, "more", REWARD, WIDTH)
+    rewards = [{"model": "r", "weight": 0.5}, {"model": "more", "weight": -0.3}][:terms]
+    logits, hidden = torch.randn(3, WIDTH), heads.hidden(3)
+    models = {**heads.runtime.reward_models, "more": extra}
+    runtime = GuidanceRuntime(models, END, {}, copy=SlowCopy)  # type: ignore[arg-type]
+    rows = begin_rows(runtime, [{"method": "pargs", "rewards": rewards, "top_k": 5, "beta": 0.8}] * 3)
+    guided, last = logits.clone(), torch.tensor([2, 3, 4])
+    with acting_as_gpu(), count_launches() as launches, forbid_host_reads():
+        runtime.step(guided, rows, last, hidden=hidden)
+    assert launches == {"_scan": 1, "_finish": 1, "_gather": terms, "_rerank": 1}
+    tables = [head_table(model.head, hidden) for model in (heads.models["r"], extra)]
+    for n in range(3):
+        scores = logits[n].double() + 0.8 * sum(t["weight"] * tables[m][n] for m, t in enumerate(rewards))
+        kept = logits[n].topk(5).indices
+        expected = torch.full_like(scores, -torch.inf).index_copy(0, kept, scores[kept]).log_softmax(-1)
         torch.testing.assert_close(guided[n].double().log_softmax(-1), expected, rtol=0, atol=1e-5)
 
 

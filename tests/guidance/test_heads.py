@@ -14,6 +14,7 @@ from steersman.guidance.heads import (
     describe_shape,
     fold_standardisation,
 )
+from tests.support.gpu_runtime import acting_as_gpu
 
 SHAPE = HeadShape(hidden_size=20, width=14, rank=6, vocabulary=90)
 
@@ -59,6 +60,19 @@ def test_a_frozen_head_has_the_same_outputs_without_gradients(head: Head) -> Non
     torch.testing.assert_close(frozen.every(features), head(hidden), rtol=0, atol=1e-5)
     assert not features.requires_grad
     assert (frozen.shape, frozen.vocabulary, frozen.size) == (head.shape, 90, 4 * count_parameters(SHAPE))
+
+
+def test_on_a_device_with_kernels_f_is_padded_with_zeros_and_outputs_are_the_same(head: Head) -> None:
+    """Rows of 16 numbers can be read 16 bytes at a time."""
+    with acting_as_gpu():
+        frozen = FrozenHead(head, "cpu")
+    hidden = torch.randn(7, SHAPE.hidden_size)
+    features = frozen.features(hidden)
+    assert features.shape == (7, 16)
+    assert not features[:, SHAPE.rank :].any()
+    torch.testing.assert_close(frozen.every(features), head(hidden), rtol=0, atol=1e-5)
+    added = (16 - SHAPE.rank) * (SHAPE.width + 1 + SHAPE.vocabulary)
+    assert (frozen.shape, frozen.size) == (head.shape, 4 * (count_parameters(SHAPE) + added))
 
 
 def test_a_head_in_half_precision_is_frozen_in_float32(head: Head) -> None:

@@ -10,7 +10,8 @@ from steersman.kernels.gather import gather_outputs
 from tests.kernels.poison import poisoned_memory
 
 GATHERS: dict[str, Callable[..., torch.Tensor]] = {
-    "triton": lambda features, weight, bias, tokens: gather_outputs(features, weight, bias, tokens.int()),
+    "triton": gather_outputs,
+    "triton, int32": lambda features, weight, bias, tokens: gather_outputs(features, weight, bias, tokens.int()),
     "twin": reference.gather_outputs,
 }
 

@@ -20,7 +20,7 @@ def _topk(rows: int, vocabulary: int, k: int, stride: int | None = None) -> list
 
 
 def _rerank(rows: int, vocabulary: int, k: int, terms: int) -> Launch:
-    ids, numbers = torch.empty(rows, k, dtype=torch.int32), torch.empty(rows, terms)
+    ids, numbers = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, terms)
     asked = RewardTerms(numbers, numbers, numbers, torch.empty(rows, terms, dtype=torch.int32))
     scores, rewards = torch.empty(rows, k), torch.empty(rows, terms, k)
     return rerank.plan_launch(torch.empty(rows, vocabulary), ids[:, 0].clone(), ids, scores, asked, rewards, scores)

@@ -40,8 +40,8 @@ class Case:
 def _case(vocabulary: int, k: int, terms: int) -> Case:
     return Case(
         torch.randn(6, vocabulary),
-        torch.tensor([3, 0, -1, 5], dtype=torch.int32),
-        torch.stack([torch.randperm(vocabulary)[:k] for _ in range(4)]).int(),
+        torch.tensor([3, 0, -1, 5]),
+        torch.stack([torch.randperm(vocabulary)[:k] for _ in range(4)]),
         torch.randn(4, k).log_softmax(-1),
         RewardTerms(
             torch.randn(4, terms), torch.rand(4, terms) + 0.5, torch.randn(4, terms),
