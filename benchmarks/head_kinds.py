@@ -134,11 +134,13 @@ VOCABULARY = _vocabulary("vocabulary model", "vocabulary")
 POLICY_HEAD = _policy_head("DPO head", "dpo-head")
 POLICY = _policy("DPO of the whole model", "dpo")
 
-HEAD_MANY = _reward_head("reward head, 10,000 pairs", "reward-head-10000", pairs=MANY, flags={"num_train_epochs": 2})
+HEAD_MANY = _reward_head(
+    "reward head, 10,000 pairs", "reward-head-10000", pairs=MANY, seeds=_ONE, flags={"num_train_epochs": 2}
+)
 HEAD_LONG = _reward_head("reward head, 10,000 pairs, 8 epochs", "reward-head-10000-8", pairs=MANY, seeds=_ONE)
 CANDIDATE_MANY = _candidate("candidate model, 10,000 pairs", "reward-partial", **_SHIPPED)
 VOCABULARY_MANY = _vocabulary("vocabulary model, 10,000 pairs", "reward-vocabulary", **_SHIPPED)
-POLICY_HEAD_MANY = _policy_head("DPO head, 6,000 pairs", "dpo-head-6000", pairs=MANY)
+POLICY_HEAD_MANY = _policy_head("DPO head, 6,000 pairs", "dpo-head", **_SHIPPED)
 POLICY_MANY = _policy("DPO of the whole model, 6,000 pairs", "dpo", **_SHIPPED)
 
 

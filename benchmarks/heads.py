@@ -25,7 +25,7 @@ from steersman.benchmarks.head_kinds import BUDGETED, MODEL, PARTS, SEEDS, Kind,
 from steersman.benchmarks.head_tables import Best, Found, find
 from steersman.benchmarks.offline import Guided, load_guided
 from steersman.benchmarks.quality import progress_bar
-from steersman.benchmarks.runs import Job, SmallLanguageModel, one_thread
+from steersman.benchmarks.runs import Job, SmallLanguageModel, logged, one_thread
 from steersman.benchmarks.settings import Prompt, Setting, world_prompts
 from steersman.benchmarks.sweep import BASE, of_seed
 
@@ -116,7 +116,8 @@ class Decoder:
         kept = folder / f"{setting.name}.json"
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
-            given = self.guided.answer(setting, prompts, self.seed)
+            with logged(folder / "decoding.log"):
+                given = self.guided.answer(setting, prompts, self.seed)
             self.study.progress.console.print(f"seed {self.seed}, {split}: {setting.name}", soft_wrap=True)
             unfinished = kept.with_suffix(".unfinished")
             unfinished.write_text(json.dumps([[asdict(answer) for answer in row] for row in given]), encoding="utf-8")
