@@ -10,6 +10,8 @@ from steersman.benchmarks.sweep import Curve
 from steersman.demo import MODELS
 
 SEEDS = (0, 1, 2)
+FRONTIER = (0,)
+"""Seeds whose models are decoded at every strength and with budgets; the others are at the best strengths alone."""
 FEW, MANY = 2500, 10_000
 """Preference pairs in a seed's file; policies read 6,000 of the larger one."""
 TOP_K = 10

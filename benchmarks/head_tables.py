@@ -1,7 +1,7 @@
 """What heads and their rivals come to: tables, sentences written from the numbers, and the picture of the frontier."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from steersman.benchmarks.answers import Answers, by_prompt
@@ -10,6 +10,7 @@ from steersman.benchmarks.frontier import draw_curve, height
 from steersman.benchmarks.head_kinds import (
     BUDGETED,
     FEW,
+    FRONTIER,
     HEAD,
     OTHERS,
     PARTS,
@@ -57,6 +58,14 @@ class Found:
             return over_seeds(self.sweep, name, measure)
         return estimate(_values(self.sweep[name][0], measure))
 
+    def common(self, names: Sequence[str]) -> int:
+        """Seeds of which there are answers under every one of these settings."""
+        return min(len(self.sweep[name]) for name in names)
+
+    def of_seeds(self, count: int) -> "Found":
+        """The same with the first seeds' answers alone."""
+        return replace(self, sweep={name: answers[:count] for name, answers in self.sweep.items()})
+
     def exceeds(self, better: str, than: str, measure: str = "gold") -> Estimate:
         """By how much a setting exceeds another: over seeds, or over prompts where one has seed 0 alone."""
         ours, theirs = self.sweep[better], self.sweep[than]
@@ -86,14 +95,15 @@ def find(found: Found) -> Finding:
     tables = [_kinds(found, shown)] if shown else []
     tables += [_budgets(found, budgeted)] if budgeted else []
     tables += [_kinds(found, others)] if others else []
-    tables.append(_strengths(found))
+    tables += [_strengths(found, shown)] if shown else []
     return Finding(
         "Heads on the base's own hidden state, and what they compete with",
         tuple(tables),
         tuple(sentences),
         f"Answers to {prompts} prompts that nothing was tuned on, at temperature 1 but where they are greedy. Mean ± "
         "standard error: over seeds where there are several, each with pairs and models of its own and all with the "
-        "same prompts; over prompts where there is one. Kinds without a number of pairs in their names have "
+        "same prompts; over prompts where there is one. Every strength, budgets and the picture are of "
+        f"{'seed 0 alone' if len(FRONTIER) == 1 else 'all seeds'}. Kinds without a number of pairs in their names have "
         f"{FEW:,} of each seed. The candidate and vocabulary models of 10,000 pairs and the whole policy of 6,000 are "
         "those that ship with the demo, of one training seed. Strengths (β over the base's 10 likeliest tokens, the "
         "mix of a policy) are those of most gold with seed 0 on other prompts, one for sampling, one for greedy "
@@ -126,8 +136,9 @@ def _kinds(found: Found, kinds: Sequence[Kind]) -> dict[str, list[str]]:
 
 
 def _settings(table: dict[str, list[str]], found: Found, names: Sequence[str]) -> dict[str, list[str]]:
+    own = found.of_seeds(found.common(names))
     for heading, measure in (("gold, sampled", "gold"), ("KL, nats", "kl"), ("own reward", "reward")):
-        table[heading] = [f"{found.mean(n, measure):.2f}" if _has(found, n, measure) else "" for n in names]
+        table[heading] = [f"{own.mean(n, measure):.2f}" if _has(own, n, measure) else "" for n in names]
     return table
 
 
@@ -141,49 +152,54 @@ def _budgets(found: Found, kinds: Sequence[Kind]) -> dict[str, list[str]]:
     return _settings({"with a budget, nats": names}, found, names)
 
 
-def _strengths(found: Found) -> dict[str, list[str]]:
+def _strengths(found: Found, kinds: Sequence[Kind]) -> dict[str, list[str]]:
     """A row for each strength of each kind."""
-    names = [name for kind in found.kinds for name in kind.curve.names]
+    names = [name for kind in kinds for name in kind.curve.names]
     return _settings({"every strength": names}, found, names)
 
 
 def _compare(found: Found, head: Kind, rival: Kind) -> str:
     """In words, sampled and greedy."""
+    ways = {
+        "sampled": (found.sampled(head), found.sampled(rival)),
+        "greedy": (found.greedy(head), found.greedy(rival)),
+    }
+    count = found.common([name for names in ways.values() for name in names])
+    own = found.of_seeds(count)
     parts = []
-    for way, ours, theirs in (
-        ("sampled", found.sampled(head), found.sampled(rival)),
-        ("greedy", found.greedy(head), found.greedy(rival)),
-    ):
-        difference = found.exceeds(ours, theirs)
+    for way, (ours, theirs) in ways.items():
+        difference = own.exceeds(ours, theirs)
         word = say(difference.verdict, "better than", "worse than", "not clearly different from")
-        golds = f"gold {found.mean(ours, 'gold'):.2f} against {found.mean(theirs, 'gold'):.2f}"
+        golds = f"gold {own.mean(ours, 'gold'):.2f} against {own.mean(theirs, 'gold'):.2f}"
         parts.append(f"{way} it is {word} it ({golds}; difference {difference:+.2f})")
-    one = len(found.sweep[found.sampled(rival)]) == 1
-    over = "with seed 0, over prompts" if one else "over seeds"
+    over = "over seeds" if count > 1 else "with seed 0, over prompts"
     return f"{_named(head)} beside {rival.name}, equal pairs, differences {over}: {'; '.join(parts)}."
 
 
 def _over_curve(found: Found, head: Kind, rival: Kind) -> str | None:
-    """In words, at the same KL; None for rivals of another number of seeds, or without a common range of KL."""
-    if len(head.seeds) != len(rival.seeds):
-        return None
-    mean = height(found.sweep, head.curve.names, "gold", (BASE.name, *rival.curve.names))
+    """In words, at the same KL; None without a common range of KL."""
+    curve = (BASE.name, *rival.curve.names)
+    count = found.common((*head.curve.names, *curve))
+    mean = height(found.of_seeds(count).sweep, head.curve.names, "gold", curve)
     if mean is None:
         return None
-    word = say(mean.verdict, "above", "below", "not clearly off")
-    return f"At the same KL, {head.name} lies {word} the curve of {rival.name} (gold {mean:+.2f} over seeds)."
+    word, seeds = "above" if mean.mean > 0 else "below", "seed 0 alone"
+    if count > 1:
+        word, seeds = say(mean.verdict, "above", "below", "not clearly off"), "over seeds"
+    return f"At the same KL, {head.name} lies {word} the curve of {rival.name} (gold {mean:+.2f}, {seeds})."
 
 
 def _over_optimised(found: Found, kind: Kind) -> str:
     """In words: what too large a β does, and budgets at it."""
     best, strong = found.sampled(kind), kind.curve.at(TOO_STRONG)
+    own = found.of_seeds(found.common((best, strong, *kind.budgets.names)))
 
     def at(name: str) -> str:
-        gold, own, kl = (found.mean(name, measure) for measure in ("gold", "reward", "kl"))
-        return f"gold {gold:.2f}, own reward {own:.2f}, KL {kl:.1f}"
+        gold, reward, kl = (own.mean(name, measure) for measure in ("gold", "reward", "kl"))
+        return f"gold {gold:.2f}, own reward {reward:.3f}, KL {kl:.1f}"
 
     budgets = ", ".join(
-        f"{value:g} nats {found.mean(name, 'gold'):.2f}"
+        f"{value:g} nats {own.mean(name, 'gold'):.2f}"
         for value, name in zip(kind.budgets.values, kind.budgets.names, strict=True)
     )
     return (
@@ -215,9 +231,10 @@ def _named(kind: Kind) -> str:
 
 
 def _draw(figure: Any, found: Found) -> None:
-    parts = [[kind for kind in PARTS[part] if kind in found.kinds] for part in ("few", "many")]
-    panels = [part for part in parts if part] or [list(found.kinds)]
-    for axis, kinds in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+    panels = [[kind for kind in PARTS[part] if kind in found.kinds] for part in ("few", "many")]
+    panels = [panel for panel in panels if panel]
+    axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
+    for axis, kinds in zip(axes, panels, strict=False):
         for kind, colour in zip(kinds, _COLOURS * len(kinds), strict=False):
             _draw_one(axis, found, kind.curve, colour, "o-" if kind.is_head else "s--", (BASE.name,))
             if kind in BUDGETED:
@@ -230,5 +247,7 @@ def _draw(figure: Any, found: Found) -> None:
 def _draw_one(axis: Any, found: Found, curve: Curve, colour: str, style: str, first: tuple[str, ...] = ()) -> None:
     names = [*first, *curve.names]
     labels = [*("0" for _ in first), *(f"{value:g}" for value in curve.values)]
-    xs, ys = ([found.mean(name, measure) for name in names] for measure in ("kl", "gold"))
+    # Points of one curve are of the same seeds.
+    own = found.of_seeds(found.common(names))
+    xs, ys = ([own.mean(name, measure) for name in names] for measure in ("kl", "gold"))
     draw_curve(axis, (xs, ys), labels, style, colour, f"{curve.name} ({curve.symbol})", below=bool(not first))

@@ -21,7 +21,7 @@ from rich.progress import Progress
 
 from steersman.benchmarks.answers import Answer, Answers
 from steersman.benchmarks.common.results import RESULTS
-from steersman.benchmarks.head_kinds import BUDGETED, MODEL, PARTS, SEEDS, Kind, pairs_of
+from steersman.benchmarks.head_kinds import BUDGETED, FRONTIER, MODEL, OTHERS, PARTS, SEEDS, Kind, pairs_of
 from steersman.benchmarks.head_tables import Best, Found, find
 from steersman.benchmarks.offline import Guided, load_guided
 from steersman.benchmarks.quality import progress_bar
@@ -65,13 +65,20 @@ class Study:
         for kind in self._shown(self.kinds, "answers"):
             decoders = {seed: Decoder(self, kind, seed) for seed in kind.seeds}
             found.best[kind.name] = best = decoders[kind.seeds[0]].tune()
-            settings = kind.curve.settings(MODEL)
-            if kind in BUDGETED:
-                settings += kind.budgets.settings(MODEL)
-            settings.append(greedy(next(s for s in settings if s.name == kind.curve.at(best.greedy))))
-            for setting in settings:
+            settings = {setting.name: setting for setting in kind.curve.settings(MODEL)}
+            chosen = [settings[kind.curve.at(best.sampled)], greedy(settings[kind.curve.at(best.greedy)])]
+            for setting in chosen:
                 found.sweep[setting.name] = [own.answer("reporting", setting) for own in decoders.values()]
+            for setting in self._frontier(kind):
+                frontier = [decoders[seed].answer("reporting", setting) for seed in kind.seeds if seed in FRONTIER]
+                found.sweep.setdefault(setting.name, frontier)
         return found
+
+    def _frontier(self, kind: Kind) -> list[Setting]:
+        """What beside its best strengths is decoded with a kind."""
+        if kind in OTHERS:
+            return []
+        return kind.curve.settings(MODEL) + (kind.budgets.settings(MODEL) if kind in BUDGETED else [])
 
     def _base(self, seed: int) -> Answers:
         return Decoder(self, None, seed).answer("reporting", BASE)
