@@ -161,22 +161,25 @@ def _width(width: int) -> Kind:
     return _reward_head(f"reward head, {name}", f"reward-head-width-{width}", flags={"head_width": width}, seeds=_ONE)
 
 
-OTHERS = (
-    _other_target("ratings", "ratings"),
-    _other_target("by a teacher", "teacher", teacher=CANDIDATE),
+TARGETS = (_other_target("ratings", "ratings"), _other_target("by a teacher", "teacher", teacher=CANDIDATE))
+LOSSES = (
     # β as in the recipes for whole models.
     _other_loss("IPO", loss_type="ipo", beta=1.0),
     _other_loss("KTO", method="kto", beta=0.1),
     _other_loss("SimPO", method="simpo", beta=2.0),
     _other_loss("ORPO", method="orpo", beta=1.0),
-    _width(64),
-    _width(1024),
 )
+WIDTHS = (_width(64), _width(1024))
+OTHERS = (*TARGETS, *LOSSES, *WIDTHS)
+"""Heads by other recipes, of one seed, at their best strengths alone."""
 
 PARTS: dict[str, tuple[Kind, ...]] = {
     "few": (HEAD, CANDIDATE, VOCABULARY, POLICY_HEAD, POLICY),
-    "many": (HEAD_LONG, CANDIDATE_MANY, VOCABULARY_MANY, HEAD_MANY, POLICY_HEAD_MANY, POLICY_MANY),
-    "others": OTHERS,
+    "many": (HEAD_MANY, CANDIDATE_MANY, VOCABULARY_MANY, POLICY_HEAD_MANY, POLICY_MANY),
+    "long": (HEAD_LONG,),
+    "targets": TARGETS,
+    "losses": LOSSES,
+    "widths": WIDTHS,
 }
 BUDGETED = (HEAD, HEAD_LONG)
 """Those that are decoded with budgets too."""

@@ -12,8 +12,8 @@ from steersman.benchmarks.head_kinds import (
     FEW,
     FRONTIER,
     HEAD,
+    MANY,
     OTHERS,
-    PARTS,
     POLICY_HEAD,
     RIVALS,
     TOO_STRONG,
@@ -24,6 +24,7 @@ from steersman.benchmarks.sweep import BASE, Curve, Finding, dump_sweep, gap, ov
 
 _COLOURS = (BLUE, ORANGE, GREEN, VIOLET, RED, GREY)
 _GREEDY = ", greedy"
+_TICKS = (0, 0.5, 1, 2, 5, 10, 20, 50)
 
 
 @dataclass(frozen=True)
@@ -202,9 +203,12 @@ def _over_optimised(found: Found, kind: Kind) -> str:
         f"{value:g} nats {own.mean(name, 'gold'):.2f}"
         for value, name in zip(kind.budgets.values, kind.budgets.names, strict=True)
     )
+    curve = (BASE.name, *kind.curve.names)
+    off = height(found.of_seeds(found.common((*curve, *kind.budgets.names))).sweep, kind.budgets.names, "gold", curve)
+    beside = "" if off is None else f"; at the same KL that is {off:+.2f} off the curve of smaller β without a budget"
     return (
         f"{_named(kind)} at β = {found.best[kind.name].sampled:g}: {at(best)}; at β = {TOO_STRONG:g}: {at(strong)}. "
-        f"Gold at β = {TOO_STRONG:g} with a kl_budget: {budgets}."
+        f"Gold at β = {TOO_STRONG:g} with a kl_budget: {budgets}{beside}."
     )
 
 
@@ -231,8 +235,8 @@ def _named(kind: Kind) -> str:
 
 
 def _draw(figure: Any, found: Found) -> None:
-    panels = [[kind for kind in PARTS[part] if kind in found.kinds] for part in ("few", "many")]
-    panels = [panel for panel in panels if panel]
+    shown = [kind for kind in found.kinds if kind not in OTHERS]
+    panels = [panel for pairs in (FEW, MANY) if (panel := [kind for kind in shown if kind.pairs == pairs])]
     axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
     for axis, kinds in zip(axes, panels, strict=False):
         for kind, colour in zip(kinds, _COLOURS * len(kinds), strict=False):
@@ -240,6 +244,7 @@ def _draw(figure: Any, found: Found) -> None:
             if kind in BUDGETED:
                 _draw_one(axis, found, kind.budgets, colour, "D:")
         axis.set(xscale="symlog", xlabel="KL from the base, nats a sampled answer", ylabel="mean gold, sampled")
+        axis.set_xticks(_TICKS, [f"{nats:g}" for nats in _TICKS])
         axis.set_title(f"{kinds[0].read:,} pairs" if kinds[0].pairs == FEW else "10,000 pairs, policies 6,000")
         axis.legend(fontsize=8)
 
