@@ -134,7 +134,7 @@ HEAD = _reward_head("reward head", "reward-head-pairs")
 CANDIDATE = _candidate("candidate model", "candidate")
 VOCABULARY = _vocabulary("vocabulary model", "vocabulary")
 POLICY_HEAD = _policy_head("DPO head", "dpo-head")
-POLICY = _policy("DPO of the whole model", "dpo")
+POLICY = _policy("DPO of the whole model", "dpo", seeds=_ONE)
 
 HEAD_MANY = _reward_head(
     "reward head, 10,000 pairs", "reward-head-10000", pairs=MANY, seeds=_ONE, flags={"num_train_epochs": 2}
@@ -175,8 +175,8 @@ OTHERS = (*TARGETS, *LOSSES, *WIDTHS)
 
 PARTS: dict[str, tuple[Kind, ...]] = {
     "few": (HEAD, CANDIDATE, VOCABULARY, POLICY_HEAD, POLICY),
-    "many": (HEAD_MANY, CANDIDATE_MANY, VOCABULARY_MANY, POLICY_HEAD_MANY, POLICY_MANY),
-    "long": (HEAD_LONG,),
+    "shipped": (CANDIDATE_MANY, VOCABULARY_MANY, POLICY_HEAD_MANY, POLICY_MANY),
+    "many": (HEAD_MANY, HEAD_LONG),
     "targets": TARGETS,
     "losses": LOSSES,
     "widths": WIDTHS,

@@ -12,6 +12,7 @@ from steersman.benchmarks.head_kinds import (
     FEW,
     FRONTIER,
     HEAD,
+    HEAD_LONG,
     MANY,
     OTHERS,
     POLICY_HEAD,
@@ -22,7 +23,13 @@ from steersman.benchmarks.head_kinds import (
 from steersman.benchmarks.statistics import Estimate, estimate
 from steersman.benchmarks.sweep import BASE, Curve, Finding, dump_sweep, gap, over_seeds, say
 
-_COLOURS = (BLUE, ORANGE, GREEN, VIOLET, RED, GREY)
+_COLOURS = {
+    "reward-head.yaml": BLUE,
+    "reward-partial.yaml": ORANGE,
+    "reward-vocabulary.yaml": GREEN,
+    "dpo-head.yaml": VIOLET,
+    "dpo.yaml": RED,
+}
 _GREEDY = ", greedy"
 _TICKS = (0, 0.5, 1, 2, 5, 10, 20, 50)
 
@@ -239,7 +246,8 @@ def _draw(figure: Any, found: Found) -> None:
     panels = [panel for pairs in (FEW, MANY) if (panel := [kind for kind in shown if kind.pairs == pairs])]
     axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
     for axis, kinds in zip(axes, panels, strict=False):
-        for kind, colour in zip(kinds, _COLOURS * len(kinds), strict=False):
+        for kind in kinds:
+            colour = _COLOURS[kind.config] if kind is not HEAD_LONG else GREY
             _draw_one(axis, found, kind.curve, colour, "o-" if kind.is_head else "s--", (BASE.name,))
             if kind in BUDGETED:
                 _draw_one(axis, found, kind.budgets, colour, "D:")
