@@ -177,11 +177,11 @@ def _compare(found: Found, head: Kind, rival: Kind) -> str:
     parts = []
     for way, (ours, theirs) in ways.items():
         difference = own.exceeds(ours, theirs)
-        word = say(difference.verdict, "better than", "worse than", "not clearly different from")
+        word = say(difference.verdict, "better", "worse", "not clearly different")
         golds = f"gold {own.mean(ours, 'gold'):.2f} against {own.mean(theirs, 'gold'):.2f}"
-        parts.append(f"{way} it is {word} it ({golds}; difference {difference:+.2f})")
+        parts.append(f"{way} it is {word} ({golds}; difference {difference:+.2f})")
     over = "over seeds" if count > 1 else "with seed 0, over prompts"
-    return f"{_named(head)} beside {rival.name}, equal pairs, differences {over}: {'; '.join(parts)}."
+    return f"{_named(head)} against {rival.name}, {head.read:,} pairs, differences {over}: {'; '.join(parts)}."
 
 
 def _over_curve(found: Found, head: Kind, rival: Kind) -> str | None:
@@ -231,10 +231,10 @@ def _other(found: Found, kind: Kind) -> str:
     ):
         difference = found.exceeds(name, other)
         parts.append(
-            f"{way} {say(difference.verdict, 'better than', 'worse than', 'not clearly different from')} the recipe's "
-            f"{usual.name} (gold {difference:+.2f}, seed 0, over prompts)"
+            f"{way} {say(difference.verdict, 'better than', 'worse than', 'not clearly different from')} the "
+            f"{usual.name} of the recipe (gold {difference:+.2f})"
         )
-    return f"{_named(kind)}: {'; '.join(parts)}."
+    return f"{_named(kind)}, seed 0, over prompts: {'; '.join(parts)}."
 
 
 def _named(kind: Kind) -> str:

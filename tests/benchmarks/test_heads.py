@@ -68,7 +68,7 @@ def test_rows_and_verdicts_are_those_of_the_numbers_also_where_a_head_is_worse(r
         golds[rival.name] = golds[head.name] + (1 if head.name in worse else -1) * rng.uniform(0.2, 0.5)
     finding = find(_found(rng, KINDS, golds))
     for (head, rival), sentence in zip(RIVALS, finding.sentences, strict=False):
-        word, other = ("worse than", "better than") if head.name in worse else ("better than", "worse than")
+        word, other = ("worse", "better") if head.name in worse else ("better", "worse")
         assert sentence.startswith(head.name[0].upper() + head.name[1:])
         assert rival.name in sentence
         assert sentence.count(word) == 2
