@@ -161,7 +161,8 @@ def _width(width: int) -> Kind:
     return _reward_head(f"reward head, {name}", f"reward-head-width-{width}", flags={"head_width": width}, seeds=_ONE)
 
 
-TARGETS = (_other_target("ratings", "ratings"), _other_target("by a teacher", "teacher", teacher=CANDIDATE))
+RATINGS = _other_target("ratings", "ratings")
+TEACHER = _other_target("by a teacher", "teacher", teacher=CANDIDATE)
 LOSSES = (
     # β as in the recipes for whole models.
     _other_loss("IPO", loss_type="ipo", beta=1.0),
@@ -170,14 +171,16 @@ LOSSES = (
     _other_loss("ORPO", method="orpo", beta=1.0),
 )
 WIDTHS = (_width(64), _width(1024))
-OTHERS = (*TARGETS, *LOSSES, *WIDTHS)
+OTHERS = (RATINGS, TEACHER, *LOSSES, *WIDTHS)
 """Heads by other recipes, of one seed, at their best strengths alone."""
 
 PARTS: dict[str, tuple[Kind, ...]] = {
     "few": (HEAD, CANDIDATE, VOCABULARY, POLICY_HEAD, POLICY),
     "shipped": (CANDIDATE_MANY, VOCABULARY_MANY, POLICY_HEAD_MANY, POLICY_MANY),
-    "many": (HEAD_MANY, HEAD_LONG),
-    "targets": TARGETS,
+    "many": (HEAD_MANY,),
+    "long": (HEAD_LONG,),
+    "ratings": (RATINGS,),
+    "teacher": (TEACHER,),
     "losses": LOSSES,
     "widths": WIDTHS,
 }
