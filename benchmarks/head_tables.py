@@ -181,7 +181,8 @@ def _compare(found: Found, head: Kind, rival: Kind) -> str:
         golds = f"gold {own.mean(ours, 'gold'):.2f} against {own.mean(theirs, 'gold'):.2f}"
         parts.append(f"{way} it is {word} ({golds}; difference {difference:+.2f})")
     over = "over seeds" if count > 1 else "with seed 0, over prompts"
-    return f"{_named(head)} against {rival.name}, {head.read:,} pairs, differences {over}: {'; '.join(parts)}."
+    pairs = f", {head.read:,} pairs" if head.pairs == FEW else ""
+    return f"{_named(head)} against {rival.name}{pairs}, differences {over}: {'; '.join(parts)}."
 
 
 def _over_curve(found: Found, head: Kind, rival: Kind) -> str | None:
