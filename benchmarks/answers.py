@@ -77,6 +77,9 @@ class Answer:
     """Tokens that gates spared them."""
     token_kl: tuple[float, ...] = ()
     """log π − log π₀ of each token, nats, where the setting asks for a trace."""
+    reward: float | None = None
+    """What the one reward model that guides gives to the whole answer; None where none guides, or several do, or its
+    last token was not scored."""
 
 
 Answers = list[list[Answer]]
@@ -126,17 +129,36 @@ async def _answer(server: Server, setting: Setting, prompt: Prompt, seed: int) -
     reply = await server.post("/v1/chat/completions" if chat else "/v1/completions", body)
     choice = reply["choices"][0]
     text, finished = choice["message"]["content"] or "" if chat else choice["text"], choice["finish_reason"] == "stop"
-    report = choice.get("guidance") or {}
+    return measure(
+        *(setting, prompt, text, finished, choice.get("guidance") or {}),
+        tokens=reply["usage"]["completion_tokens"],
+        judge=await _judge(server, prompt, text, finished and choice.get("stop_reason") is None),
+    )
+
+
+def measure(
+    setting: Setting,
+    prompt: Prompt,
+    text: str,
+    finished: bool,
+    report: Mapping[str, Any],
+    *,
+    tokens: int,
+    judge: float | None = None,
+) -> Answer:
+    """One answer under a setting. report: the response's `guidance`, empty without any; tokens: where it has none."""
+    rewards = list(report.get("rewards", {}).values())
     return Answer(
         text=text,
-        tokens=report.get("tokens", reply["usage"]["completion_tokens"]),
+        tokens=report.get("tokens", tokens),
         finished=finished,
         gold=None if prompt.world is None else gold.score(prompt.world, text).total,
-        judge=await _judge(server, prompt, text, finished and choice.get("stop_reason") is None),
+        judge=judge,
         kl=report.get("kl", 0.0) if setting.plainly_sampled else None,
         auxiliary_tokens=report.get("reward_model_tokens", 0) + report.get("policy_tokens", 0),
         saved_tokens=report.get("saved_reward_model_tokens", 0) + report.get("saved_policy_tokens", 0),
-        token_kl=tuple(token["kl"] for token in report.get("trace", ()) if "kl" in token),
+        token_kl=tuple(token["kl"] for token in report.get("trace") or () if "kl" in token),
+        reward=rewards[0] if len(rewards) == 1 else None,
     )
 
 

@@ -4,6 +4,7 @@ Shallow Preference Signals, §3.3 and §4: length control and KL threshold are s
 """
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from steersman.benchmarks.common.rendering import BLUE, GREEN, GREY, ORANGE, RED, VIOLET
@@ -92,16 +93,18 @@ def frontier(sweep: Sweep) -> Finding:
     )
 
 
-def height(sweep: Sweep, names: list[str], measure: str) -> Estimate | None:
-    """How far settings lie above the same seed's mixing curve at the same KL: the mean over those that have a KL on the
-    curve with every seed, estimated over seeds; None where there is none.
+def height(
+    sweep: Sweep, names: Sequence[str], measure: str, curve: Sequence[str] = (BASE.name, *MIXING.names)
+) -> Estimate | None:
+    """How far settings lie above the same seed's curve of other settings at the same KL: the mean over those that have
+    a KL on the curve with every seed, estimated over seeds; None where there is none.
 
-    Mixing's curve is drawn straight between its settings, and so a little too low where it is bent.
+    The curve is drawn straight between its settings, and so a little too low where it is bent.
     """
-    curves = zip(*(_points(sweep, name, measure) for name in (BASE.name, *MIXING.names)), strict=True)
+    curves = zip(*(_points(sweep, name, measure) for name in curve), strict=True)
     rows = []
-    for n, curve in enumerate(curves):
-        rows.append([height_over_curve(_points(sweep, name, measure)[n], curve) for name in names])
+    for n, points in enumerate(curves):
+        rows.append([height_over_curve(_points(sweep, name, measure)[n], points) for name in names])
     inside = [column for column in zip(*rows, strict=True) if None not in column]
     return estimate([statistics.fmean(v) for v in zip(*inside, strict=True)]) if inside else None
 
@@ -173,31 +176,47 @@ def _draw_frontier(figure: Any, sweep: Sweep) -> None:
             labels = [f"{value:g}" for value in curve.values]
             labels = ["0", *labels] if curve is MIXING else [*labels, "all"] if curve is GATED else labels
             xs, ys = ([over_seeds(sweep, n, m) for n in names] for m in ("kl", measure))
-            axis.errorbar(
-                [x.mean for x in xs],
-                [y.mean for y in ys],
-                [y.standard_error for y in ys],
-                [x.standard_error for x in xs],
-                style,
-                color=colour,
-                label=f"{curve.name} ({curve.symbol})",
-                elinewidth=0.6,
-                markersize=5,
-                linewidth=1.2,
+            draw_curve(
+                axis, (xs, ys), labels, style, colour, f"{curve.name} ({curve.symbol})", curve in (LENGTH, SEARCH)
             )
-            below = curve in (LENGTH, SEARCH)
-            for x, y, label in zip(xs, ys, labels, strict=True):
-                axis.annotate(
-                    label,
-                    (x.mean, y.mean),
-                    xytext=(4, -11 if below else 5),
-                    textcoords="offset points",
-                    fontsize=8,
-                    color=colour,
-                )
         axis.set(xlabel="accumulated KL from the base, nats an answer", ylabel=f"mean {measure} reward")
         axis.set_title("Gold reward (the truth)" if measure == "gold" else "Independent reward model")
         axis.legend(fontsize=7)
+
+
+def draw_curve(
+    axis: Any,
+    points: tuple[Sequence[Estimate], Sequence[Estimate]],
+    labels: Sequence[str],
+    style: str,
+    colour: str,
+    name: str,
+    below: bool = False,
+) -> None:
+    """A curve of reward over KL with standard errors. points: KL and reward of its settings; labels: written beside
+    them, or below."""
+    xs, ys = points
+    axis.errorbar(
+        [x.mean for x in xs],
+        [y.mean for y in ys],
+        [y.standard_error for y in ys],
+        [x.standard_error for x in xs],
+        style,
+        color=colour,
+        label=name,
+        elinewidth=0.6,
+        markersize=5,
+        linewidth=1.2,
+    )
+    for x, y, label in zip(xs, ys, labels, strict=True):
+        axis.annotate(
+            label,
+            (x.mean, y.mean),
+            xytext=(4, -11 if below else 5),
+            textcoords="offset points",
+            fontsize=8,
+            color=colour,
+        )
 
 
 def _draw_positions(figure: Any, sweep: Sweep) -> None:

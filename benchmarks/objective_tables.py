@@ -7,7 +7,7 @@ from typing import Any
 from steersman.benchmarks.answers import Answers
 from steersman.benchmarks.common.rendering import BLUE, GREY, ORANGE
 from steersman.benchmarks.statistics import Estimate, estimate
-from steersman.benchmarks.sweep import BASE, Finding, dump_sweep, of_sweep, over_seeds, per_seed, say
+from steersman.benchmarks.sweep import BASE, Finding, dump_sweep, gap, of_sweep, over_seeds, say
 from steersman.training.prefixes import SHARES
 
 
@@ -115,10 +115,9 @@ def _objectives(measured: Measured) -> Finding:
 
 
 def _gap(measured: Measured, better: str, than: str) -> str:
-    ours, theirs = (per_seed(measured.answers, name, "gold") for name in (better, than))
-    gap = estimate([a - b for a, b in zip(ours, theirs, strict=True)])
-    words = say(gap.verdict, "better than", "worse than", "not clearly different from")
-    return f"Answers by “{better}” are {words} those by “{than}” (gold {gap:+.2f} over the seeds)."
+    found = gap(measured.answers, better, than, "gold")
+    words = say(found.verdict, "better than", "worse than", "not clearly different from")
+    return f"Answers by “{better}” are {words} those by “{than}” (gold {found:+.2f} over the seeds)."
 
 
 def _truncation(measured: Measured) -> Finding:

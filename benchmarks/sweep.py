@@ -102,10 +102,18 @@ class Finding:
             console.print(f"• {sentence}")
 
 
-def dump_sweep(sweep: Sweep, names: Sequence[str]) -> dict[str, Any]:
+MEASURES = ("gold", "judge", "kl", "tokens", "auxiliary_tokens")
+
+
+def dump_sweep(sweep: Sweep, names: Sequence[str], measures: Sequence[str] = MEASURES) -> dict[str, Any]:
     """For JSON: each setting's means for each seed."""
-    measures = ("gold", "judge", "kl", "tokens", "auxiliary_tokens")
     return {name: {measure: per_seed(sweep, name, measure) for measure in measures} for name in names}
+
+
+def gap(sweep: Sweep, better: str, than: str, measure: str) -> Estimate:
+    """By how much a setting exceeds another with the same seeds' models, over seeds."""
+    ours, theirs = (per_seed(sweep, name, measure) for name in (better, than))
+    return estimate([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
 def of_sweep(sweep: Sweep) -> str:

@@ -28,14 +28,3 @@ class PolicyGuide:
 
     def __call__(self, hidden: Tensor, logits: Tensor) -> Tensor:
         return logits + self._mix * self._head(hidden)
-
-
-class Greedy:
-    """The likeliest token of another guide's logits, alone."""
-
-    def __init__(self, guide: RewardGuide | PolicyGuide) -> None:
-        self._guide = guide
-
-    def __call__(self, hidden: Tensor, logits: Tensor) -> Tensor:
-        guided = self._guide(hidden, logits)
-        return torch.full_like(guided, -torch.inf).scatter(1, guided.argmax(dim=1, keepdim=True), 0.0)
