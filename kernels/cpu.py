@@ -157,14 +157,15 @@ def _exp(value: Any) -> Any:
 
 # Sums of blocks in float32, eight terms at a time, their total in float64.
 @_compile("float64(float32[::1], float32)", fastmath={"reassoc", "contract"})
-def _sum_exp(values, largest):
-    total, start = 0.0, 0
+def _sum_exp(values: Any, largest: Any) -> Any:
+    total: Any = 0.0
+    start = 0
     while start < len(values):
         stop = min(len(values), start + 4096)
-        block = np.float32(0.0)
+        part = np.float32(0.0)
         for place in range(start, stop):
-            block = np.float32(block + _exp(values[place] - largest))
-        total += block
+            part += _exp(values[place] - largest)
+        total = total + part
         start = stop
     return total
 
