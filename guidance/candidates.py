@@ -9,15 +9,18 @@ from steersman.guidance.asking import Auxiliaries, Scoring
 from steersman.guidance.kl_budget import fit_budgets
 from steersman.guidance.plan import Formula
 from steersman.guidance.readings import Readings
-from steersman.guidance.report import CandidateStep
+from steersman.guidance.report import CandidateStep, HeadStep
 from steersman.guidance.rows import LastTokens, Steered
 from steersman.guidance.transfer import to_device
 from steersman.guidance.transforms import Combination, build_combination, explain_broken
 from steersman.guidance.vocabulary import blend_readings
 from steersman.guidance.work import Failure, Work
-from steersman.kernels.arguments import HeadWeights
+from steersman.kernels.arguments import HeadRows, Reranked
 from steersman.kernels.dispatch import can_rerank_by_heads, rerank_by_heads, select_candidates, write_reranked
 from steersman.kernels.reference import add_rewards, write_candidates
+
+_STEPS = 32
+"""Of heads that are kept together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +39,8 @@ class _Layout:
     """[G, 1]: candidates of each row; None where each has k."""
     scoring: Scoring
     combination: Combination
-    heads: list[HeadWeights] | None
-    """One for each term of every row, where nothing but heads decides."""
+    heads: HeadRows | None
+    """The rows, where nothing but heads decides."""
     has_policies: bool
     has_budgets: bool
     narrower: list[list[str]]
@@ -55,6 +58,9 @@ class CandidateSteering:
         self._layout: tuple[tuple[int, int, int], _Layout] | None = None
         self._last: list[Steered] | None = None
         """What the layout was last found for."""
+        self._done: tuple[HeadRows, Reranked] | None = None
+        self._place = 0
+        """Steps that are done in it."""
 
     def steer(
         self,
@@ -68,7 +74,7 @@ class CandidateSteering:
         candidates are chosen by, as in GuidanceRuntime.step."""
         layout = self._find_layout(logits, steered)
         if layout.heads is not None and biased is None and readings.hidden is not None and can_rerank_by_heads(logits):
-            self._steer_by_heads(logits, steered, layout, layout.heads, readings.hidden)
+            self._steer_by_heads(logits, steered, layout.heads, readings.hidden)
             return
         with self._work.timing("candidates_seconds"):
             ids, values, base_logprobs = _select(logits, layout, biased)
@@ -90,16 +96,19 @@ class CandidateSteering:
         self,
         logits: torch.Tensor,
         steered: list[Steered],
-        layout: _Layout,
-        heads: list[HeadWeights],
+        asked: HeadRows,
         hidden: torch.Tensor,
     ) -> None:
         with self._work.timing("rewards_seconds"):
-            given = layout.rows, layout.k, layout.limits
-            done = rerank_by_heads(logits, hidden, *given, heads, layout.combination.terms)
-        with self._work.timing("writing_seconds"):
-            self._record(steered, CandidateStep(done.ids, done.logprobs, done.scores, done.rewards))
-            self._fail_where(steered, done.broken, done.values, done.rewards)
+            if self._done is None or self._done[0] is not asked or self._place == self._done[1].steps:
+                self._done, self._place = (asked, Reranked(_STEPS, asked)), 0
+            step = HeadStep(self._done[1], self._place)
+            self._place += 1
+            written = rerank_by_heads(logits, hidden, asked, step.done, step.place)
+        self._record(steered, step)
+        if not written:
+            values = torch.from_numpy(step.done.values[step.place])
+            self._fail_where(steered, step.scores[:, 0].isnan(), values, step.rewards)
 
     def _write_within_budgets(
         self, logits: torch.Tensor, steered: list[Steered], layout: _Layout, step: CandidateStep
@@ -135,17 +144,22 @@ class CandidateSteering:
         scoring = self._models.plan_scoring(rows, formulas, device)
         has_policies = any(formula.policies or formula.base != 1.0 for formula in formulas)
         has_budgets = any(s.row.request.plan.kl_budget is not None for s in steered)
-        alone = not (has_policies or has_budgets or any(narrower))
+        limits = to_device([[formula.top_k] for formula in formulas], device) if ragged else None
+        combination = build_combination(formulas, device)
+        index = to_device(rows, device)
+        heads = None
+        if not (has_policies or has_budgets or any(narrower)) and (own := self._models.find_heads(scoring)) is not None:
+            heads = HeadRows(index, k, limits, own, combination.terms)
         return _Layout(
             key,
             formulas,
-            to_device(rows, device),
+            index,
             rows == list(range(len(logits))),
             k,
-            to_device([[formula.top_k] for formula in formulas], device) if ragged else None,
+            limits,
             scoring,
-            build_combination(formulas, device),
-            self._models.find_heads(scoring) if alone else None,
+            combination,
+            heads,
             has_policies,
             has_budgets,
             narrower if any(narrower) else [],
@@ -175,7 +189,7 @@ class CandidateSteering:
         self._models.fail_where([s.row for s in steered], empty.squeeze(-1), explain)
         return values.masked_fill(empty, torch.nan)
 
-    def _record(self, steered: Sequence[Steered], step: CandidateStep) -> None:
+    def _record(self, steered: Sequence[Steered], step: CandidateStep | HeadStep) -> None:
         for line, s in enumerate(steered):
             s.record(step, line)
 

@@ -99,7 +99,14 @@ class FrozenHead:
     @property
     def size(self) -> int:
         """Bytes of its weights, as they lie on the device."""
-        own = (self.weights.inner, self.weights.inner_bias, self.weights.outer, self.weights.outer_bias, self.weights.tokens, self.weights.bias)
+        own = (
+            self.weights.inner,
+            self.weights.inner_bias,
+            self.weights.outer,
+            self.weights.outer_bias,
+            self.weights.tokens,
+            self.weights.bias,
+        )
         return sum(tensor.numel() * tensor.element_size() for tensor in own)
 
     def warm_up(self) -> None:

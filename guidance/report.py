@@ -13,6 +13,7 @@ import torch
 from steersman.guidance.plan import Formula, Plan, RewardTerm, Transform
 from steersman.guidance.transfer import to_device
 from steersman.guidance.work import Fault, Misfit
+from steersman.kernels.arguments import Reranked
 
 _BASE = Formula()
 _SUMMED = (
@@ -43,6 +44,34 @@ class CandidateStep:
         """The first three on a CPU: numpy takes a row out in a tenth of torch's time, and there are as many as
         tokens."""
         return self.ids.numpy(), self.base_logprobs.numpy(), self.scores.numpy()
+
+
+@dataclass(frozen=True, slots=True)
+class HeadStep:
+    """A CandidateStep that heads have scored on a CPU, one of several that lie together."""
+
+    done: Reranked
+    place: int
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """See CandidateStep."""
+        return torch.from_numpy(self.done.ids[self.place])
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """See CandidateStep."""
+        return torch.from_numpy(self.done.scores[self.place])
+
+    @property
+    def rewards(self) -> torch.Tensor:
+        """See CandidateStep."""
+        return torch.from_numpy(self.done.rewards[self.place])
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """See CandidateStep."""
+        return self.done.ids[self.place], self.done.logprobs[self.place], self.done.scores[self.place]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +149,7 @@ class ChosenStep:
 class Position:
     """One generated position of one request; `step` is None where the base decoded alone."""
 
-    step: CandidateStep | VocabularyStep | ChosenStep | None = None
+    step: CandidateStep | HeadStep | VocabularyStep | ChosenStep | None = None
     line: int = 0
     """The request's row in `step`."""
     formula: Formula = _BASE
@@ -262,7 +291,7 @@ def name_source(formula: Formula) -> str:
 
 
 def _candidate_outcomes(plan: Plan, used: Sequence[Position], response: Sequence[int]) -> _Outcomes:
-    places = [n for n, position in enumerate(used) if isinstance(position.step, CandidateStep)]
+    places = [n for n, position in enumerate(used) if isinstance(position.step, CandidateStep | HeadStep)]
     if not places:
         return _NONE
     steps = [(used[n].step, used[n].line) for n in places]
@@ -308,7 +337,7 @@ def _vocabulary_outcomes(used: Sequence[Position]) -> _Outcomes:
 
 def _candidates(position: Position, ids: np.ndarray, base: np.ndarray, logprobs: np.ndarray) -> list[dict[str, Any]]:
     step = position.step
-    assert isinstance(step, CandidateStep)
+    assert isinstance(step, CandidateStep | HeadStep)
     rewards = _combined_rewards(position.formula.rewards, step.rewards[position.line].double().cpu().numpy())
     rows = zip(ids.tolist(), base.tolist(), rewards.tolist(), logprobs.tolist(), strict=False)
     shown = [
@@ -331,7 +360,7 @@ def _combined_rewards(terms: Sequence[RewardTerm], rewards: np.ndarray) -> np.nd
 def _final_rewards(plan: Plan, used: Sequence[Position], response: Sequence[int]) -> dict[str, float | None]:
     last: dict[str, float | None] = dict.fromkeys(plan.reward_models)
     step = used[-1].step if used and len(used) == len(response) else None
-    if isinstance(step, CandidateStep):
+    if isinstance(step, CandidateStep | HeadStep):
         line = used[-1].line
         column = (step.ids[line] == response[-1]).nonzero()
         if len(column):
@@ -373,32 +402,64 @@ def _merge_sources(mine: Mapping[str, int], others: Mapping[str, int], tokens: i
     return {**guided, BASE_SOURCE: rest} if rest else dict(guided)
 
 
-def _stack_rows(steps: Sequence[tuple[CandidateStep, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _stack_rows(
+    steps: Sequence[tuple[CandidateStep | HeadStep, int]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids [n, k], log-probabilities and scores [n, k] float64 of one line of each step, in the width of the widest;
     those that have fewer are filled up with what is no candidate."""
-    if steps[0][0].ids.device.type == "cpu":
-        found = [[step.arrays[part][line] for step, line in steps] for part in range(3)]
-    else:
-        parts = zip(*((s.ids[line], s.base_logprobs[line], s.scores[line]) for s, line in steps), strict=True)
-        found = [_copy_to_host(part) for part in parts]
-    widths = {row.shape[0] for row in found[0]}
-    width, ragged = max(widths), len(widths) > 1
-    paddings = (-1, -np.inf, -np.inf)
+    parts = _copy_to_host(steps) if _is_on_device(steps[0][0]) else _find_parts(steps)
+    width = max(ids.shape[1] for ids, _, _ in parts)
     ids, base, scores = (
-        _stack([_pad(row, width, padding) for row in rows] if ragged else rows, width)
-        for rows, padding in zip(found, paddings, strict=True)
+        np.concatenate([_pad(part[n], width, padding) for part in parts])
+        for n, padding in enumerate((-1, -np.inf, -np.inf))
     )
     return ids, base.astype(np.float64), scores.astype(np.float64)
 
 
-def _copy_to_host(rows: Sequence[torch.Tensor]) -> list[np.ndarray]:
-    """Rows of any widths, [width] each, copied to the host together."""
-    return list(np.split(torch.cat(list(rows)).cpu().numpy(), np.cumsum([row.shape[0] for row in rows])[:-1]))
+def _is_on_device(step: CandidateStep | HeadStep) -> bool:
+    return isinstance(step, CandidateStep) and step.ids.device.type != "cpu"
 
 
-def _pad(row: np.ndarray, width: int, padding: float) -> np.ndarray:
-    return np.pad(row, (0, width - row.shape[0]), constant_values=padding)
+_Part = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Ids, log-probabilities and scores [n, k] of n steps, one after another."""
 
 
-def _stack(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
-    return np.concatenate(rows).reshape(len(rows), width)
+def _find_parts(steps: Sequence[tuple[CandidateStep | HeadStep, int]]) -> list[_Part]:
+    """Of steps on a CPU; those of heads that lie together are one part, uncopied."""
+    parts: list[_Part] = []
+    run: tuple[Reranked, int, int, int] | None = None
+    for step, line in steps:
+        if isinstance(step, HeadStep):
+            if run is not None and step.done is run[0] and line == run[1] and step.place == run[3]:
+                run = (*run[:3], run[3] + 1)
+                continue
+            parts += _cut(run)
+            run = (step.done, line, step.place, step.place + 1)
+        else:
+            parts += _cut(run)
+            run = None
+            ids, base, scores = step.arrays
+            parts.append((ids[line : line + 1], base[line : line + 1], scores[line : line + 1]))
+    return parts + _cut(run)
+
+
+def _cut(run: tuple[Reranked, int, int, int] | None) -> list[_Part]:
+    if run is None:
+        return []
+    done, line, start, stop = run
+    return [(done.ids[start:stop, line], done.logprobs[start:stop, line], done.scores[start:stop, line])]
+
+
+def _copy_to_host(steps: Sequence[tuple[Any, int]]) -> list[_Part]:
+    """Of steps on a device, of any widths, copied together."""
+    widths = np.cumsum([step.ids.shape[1] for step, _ in steps])[:-1]
+    rows = [
+        np.split(torch.cat([part(step)[line] for step, line in steps]).cpu().numpy(), widths)
+        for part in (lambda step: step.ids, lambda step: step.base_logprobs, lambda step: step.scores)
+    ]
+    return [(ids[None], base[None], scores[None]) for ids, base, scores in zip(*rows, strict=True)]
+
+
+def _pad(values: np.ndarray, width: int, padding: float) -> np.ndarray:
+    short = width - values.shape[1]
+    return np.pad(values, ((0, 0), (0, short)), constant_values=padding) if short else values

@@ -8,7 +8,7 @@ import torch
 
 from steersman.guidance.auxiliary import Prefix
 from steersman.guidance.plan import Formula, KLCondition, Plan
-from steersman.guidance.report import CandidateStep, Counts, Position, VocabularyStep
+from steersman.guidance.report import CandidateStep, Counts, HeadStep, Position, VocabularyStep
 from steersman.guidance.text_form import Source
 from steersman.guidance.transfer import take_rows, to_device
 from steersman.guidance.work import Fault, Misfit
@@ -111,7 +111,7 @@ class Steered:
     gate: KLCondition | None = None
     """A condition that is decided where the formula is written; the plan's `below` applies where it does not hold."""
 
-    def record(self, step: CandidateStep | VocabularyStep, line: int) -> None:
+    def record(self, step: CandidateStep | HeadStep | VocabularyStep, line: int) -> None:
         """Keeps what is done at this position: line `line` of `step`."""
         position = self.row.record
         position.step, position.line, position.formula = step, line, self.formula

@@ -1,5 +1,6 @@
 """What the kernels and their torch twins are given and return, row by row."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,22 +50,43 @@ class HeadWeights:
         return tuple(tensor.numpy() for tensor in own)
 
 
-@dataclass(frozen=True, slots=True)
-class Reranked:
-    """Rows whose candidates heads have scored: k of each of G rows."""
+@dataclass(frozen=True)
+class HeadRows:
+    """Rows whose candidates heads score, [G], the same in many steps."""
 
-    ids: torch.Tensor
-    """[G, k] int64."""
-    values: torch.Tensor
-    """[G, k] float32: the base's logits, -inf beyond a row's limit."""
-    logprobs: torch.Tensor
-    """[G, k] float32: the base's, over the whole vocabulary."""
-    rewards: torch.Tensor
-    """[G, M, k] float32."""
-    scores: torch.Tensor
-    """[G, k] float32, as `kernels.rerank.reward_rerank` returns them."""
-    broken: torch.Tensor
-    """[G] bool: rows whose scores are NaN, which are not written."""
+    rows: torch.Tensor
+    """int64: their places in the base's logits and hidden states."""
+    k: int
+    """Candidates of a row."""
+    limits: torch.Tensor | None
+    """[G, 1]: candidates of each row, at most k; None where each has k."""
+    heads: Sequence[HeadWeights]
+    """One for each term."""
+    terms: RewardTerms
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and limits [G] on a CPU; no limits where each row has k."""
+        limits = np.empty(0, dtype=np.int64) if self.limits is None else self.limits.squeeze(1).numpy()
+        return self.rows.numpy(), limits
+
+
+class Reranked:
+    """What became of HeadRows in up to N steps, on the host: the reports of many answers are read from it."""
+
+    def __init__(self, steps: int, asked: HeadRows) -> None:
+        shape = (steps, len(asked.rows), asked.k)
+        self.steps = steps
+        self.ids = np.empty(shape, dtype=np.int64)
+        """[N, G, k]"""
+        self.values = np.empty(shape, dtype=np.float32)
+        """[N, G, k]: the base's logits, -inf beyond a row's limit."""
+        self.logprobs = np.empty(shape, dtype=np.float32)
+        """[N, G, k]: the base's, over the whole vocabulary."""
+        self.scores = np.empty(shape, dtype=np.float32)
+        """[N, G, k], as `kernels.rerank.reward_rerank` returns them; rows of NaN were not written."""
+        self.rewards = np.empty((*shape[:2], len(asked.heads), asked.k), dtype=np.float32)
+        """[N, G, M, k]"""
 
 
 @dataclass(frozen=True, slots=True)

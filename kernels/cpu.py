@@ -5,19 +5,19 @@ Numba `kernels.reference` computes the same.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
 
-from steersman.kernels.arguments import HeadWeights, Mixed, Reranked, RewardTerms
+from steersman.kernels.arguments import HeadRows, Mixed, Reranked, RewardTerms
 
 _SELECT = "void(float32[:, ::1], int64[::1], int64[::1], int64[:, ::1], float32[:, ::1], float32[:, ::1])"
 _RERANK = (
-    "void(float32[:, ::1], int64[::1], int64[:, ::1], float32[:, ::1], float32[:, ::1], float32[:, ::1], "
-    "float32[:, ::1], int32[:, ::1], float32[:, :, ::1], float32[:, ::1], boolean[::1])"
+    "int64(float32[:, ::1], int64[::1], int64[:, ::1], float32[:, ::1], float32[:, ::1], float32[:, ::1], "
+    "float32[:, ::1], int32[:, ::1], float32[:, :, ::1], float32[:, ::1])"
 )
 _NOTHING = np.empty(0, dtype=np.float32)
 _NO_LIMITS = np.empty(0, dtype=np.int64)
@@ -55,12 +55,9 @@ def reward_rerank(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The scores of `kernels.rerank.reward_rerank`, and the rows that are NaN, [G] bool; rows and ids int64, everything
     contiguous."""
-    scores, broken = torch.empty_like(base), torch.empty(len(base), dtype=torch.bool)
-    _rerank(
-        *(logits.numpy(), rows.numpy(), ids.numpy(), base.numpy(), *terms.arrays),
-        *(rewards.numpy(), scores.numpy(), broken.numpy()),
-    )
-    return scores, broken
+    scores = torch.empty_like(base)
+    _rerank(*(logits.numpy(), rows.numpy(), ids.numpy(), base.numpy(), *terms.arrays), rewards.numpy(), scores.numpy())
+    return scores, scores[:, 0].isnan()
 
 
 def gather_outputs(
@@ -73,28 +70,16 @@ def gather_outputs(
     return outputs
 
 
-def rerank_by_heads(
-    logits: torch.Tensor,
-    hidden: torch.Tensor,
-    rows: torch.Tensor,
-    k: int,
-    limits: torch.Tensor | None,
-    heads: Sequence[HeadWeights],
-    terms: RewardTerms,
-) -> Reranked:
-    """Chooses candidates, scores them by heads and writes their scores, for `rows` [G] int64 of contiguous logits
-    [B, V] and hidden states [B, D] float32: select_candidates, each head's outputs as a term, and reward_rerank."""
-    size, written, places = len(rows.numpy()), logits.numpy(), rows.numpy()
-    ids = np.empty((size, k), dtype=np.int64)
-    values, logprobs, scores = np.empty((3, size, k), dtype=np.float32)
-    rewards = np.empty((size, len(heads), k), dtype=np.float32)
-    broken = np.empty(size, dtype=np.bool_)
-    _select(written, places, _NO_LIMITS if limits is None else limits.squeeze(1).numpy(), ids, values, logprobs)
-    states = hidden.numpy()
-    for number, head in enumerate(heads):
-        _score_by_head(states, places, *head.arrays, ids, number, rewards)
-    _rerank(written, places, ids, values, *terms.arrays, rewards, scores, broken)
-    return Reranked(*map(torch.from_numpy, (ids, values, logprobs, rewards, scores, broken)))
+def rerank_by_heads(logits: torch.Tensor, hidden: torch.Tensor, asked: HeadRows, done: Reranked, step: int) -> bool:
+    """Chooses candidates, scores them by heads and writes their scores into contiguous logits [B, V] float32, and into
+    `done` as its `step`: select_candidates, each head's outputs as a term, and reward_rerank. hidden: [B, D] float32,
+    contiguous. Returns whether every row was written."""
+    written, states, (rows, limits) = logits.numpy(), hidden.numpy(), asked.arrays
+    ids, values, rewards = done.ids[step], done.values[step], done.rewards[step]
+    _select(written, rows, limits, ids, values, done.logprobs[step])
+    for term, head in enumerate(asked.heads):
+        _score_by_head(states, rows, *head.arrays, ids, term, rewards)
+    return not _rerank(written, rows, ids, values, *asked.terms.arrays, rewards, done.scores[step])
 
 
 def blend(
@@ -195,8 +180,10 @@ def _select(logits, rows, limits, ids, values, logprobs):
 
 
 @_compile(_RERANK)
-def _rerank(logits, rows, ids, base, strength, scale, shift, log_sigmoid, rewards, scores, broken):
+def _rerank(logits, rows, ids, base, strength, scale, shift, log_sigmoid, rewards, scores):
+    """Returns how many rows are NaN."""
     lines, k = ids.shape
+    broken = 0
     for line in range(lines):
         healthy, present = True, False
         for candidate in range(k):
@@ -213,8 +200,8 @@ def _rerank(logits, rows, ids, base, strength, scale, shift, log_sigmoid, reward
                         score += weight * value
                 healthy &= math.isfinite(score)
             scores[line, candidate] = score
-        broken[line] = not (healthy and present)
-        if broken[line]:
+        if not (healthy and present):
+            broken += 1
             scores[line] = np.nan
             continue
         moved = np.float32(_log_sum_exp(base[line]) - _log_sum_exp(scores[line]))
@@ -224,6 +211,7 @@ def _rerank(logits, rows, ids, base, strength, scale, shift, log_sigmoid, reward
             logits[row] = -np.inf
             for candidate in range(k):
                 logits[row, ids[line, candidate]] = scores[line, candidate]
+    return broken
 
 
 # Sums may be taken in any order, so that they are taken eight at a time.

@@ -1,13 +1,12 @@
 """Triton's kernels on a GPU, Numba's or torch elsewhere; either is imported at the first use."""
 
-from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 
 from steersman.kernels import reference
-from steersman.kernels.arguments import Blended, BlendedRows, BlendRows, HeadWeights, Mixed, Reranked, RewardTerms
+from steersman.kernels.arguments import Blended, BlendedRows, BlendRows, HeadRows, Mixed, Reranked, RewardTerms
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -77,20 +76,12 @@ def can_rerank_by_heads(logits: torch.Tensor) -> bool:
     return _fits_numba(logits)
 
 
-def rerank_by_heads(
-    logits: torch.Tensor,
-    hidden: torch.Tensor,
-    rows: torch.Tensor,
-    k: int,
-    limits: torch.Tensor | None,
-    heads: Sequence[HeadWeights],
-    terms: RewardTerms,
-) -> Reranked:
-    """`select_candidates`, the outputs of each head, one a term, and `write_reranked` in one, for `rows` [G] int64 of
-    the logits [B, V] and the base's hidden states [B, D] of any precision."""
+def rerank_by_heads(logits: torch.Tensor, hidden: torch.Tensor, asked: HeadRows, done: Reranked, step: int) -> bool:
+    """`select_candidates`, the outputs of each head, one a term, and `write_reranked` in one, as `step` of `done`;
+    hidden: the base's hidden states [B, D] of any precision. Returns whether every row was written."""
     from steersman.kernels import cpu
 
-    return cpu.rerank_by_heads(logits, hidden.float().contiguous(), rows, k, limits, heads, terms)
+    return cpu.rerank_by_heads(logits, hidden.float().contiguous(), asked, done, step)
 
 
 def gather_outputs(
