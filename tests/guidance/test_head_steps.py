@@ -3,6 +3,8 @@ guided ends alone."""
 
 import math
 import random
+from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from steersman.guidance.head_files import POLICY, REWARD
 from steersman.guidance.head_models import HeadModel
 from steersman.guidance.hidden_states import Span
+from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
 from tests.support.device import SlowCopy, forbid_host_reads
 from tests.support.gpu_runtime import acting_as_gpu, count_launches
@@ -224,3 +227,48 @@ def test_an_answers_values_are_the_heads_behind_each_position(heads: Heads, rng:
     values = runtime.score_hidden("r", "key", tokens)
     expected = head_table(heads.models["r"].head, hidden[2:]).gather(1, torch.tensor(tokens).unsqueeze(1))[:, 0]
     assert values == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_reports_of_long_answers_are_the_sums_over_their_own_rows(heads: Heads) -> None:
+    """Rows stay for many steps, two change places, one is replaced and one leaves for good: what lies together
+    must not mix them up."""
+    rows = begin_rows(heads.runtime, [SINGLE, {**SINGLE, "top_k": 3}, MIXED])
+    everybody, kl = list(rows), defaultdict(float)
+    for position in range(80):
+        if position == 40:
+            # The same plan as the first row's, so that only the rows tell the two apart.
+            rows = [rows[0], Row(1, heads.runtime.start("new", rows[0].request.plan, 1), [1], []), rows[2]]
+            everybody.append(rows[1])
+        if position == 50:
+            rows = [replace(rows[1], index=0), replace(rows[0], index=1), rows[2]]
+        if position == 60:
+            rows = rows[1:]
+        logits, hidden = torch.randn(3, WIDTH), heads.hidden(3)
+        guided = logits.clone()
+        heads.runtime.step(guided, rows, hidden=hidden)
+        for row in rows:
+            guidance = {"pargs": {**SINGLE, "top_k": row.request.plan.formula.top_k}, "mixed": MIXED}
+            base, state = logits[row.index], hidden[row.index]
+            logprobs = heads.expected(base, state, guidance[row.request.plan.method])
+            torch.testing.assert_close(guided[row.index].double().log_softmax(-1), logprobs, rtol=0, atol=1e-4)
+            token = int(torch.multinomial(logprobs.exp(), 1))
+            row.output.append(token)  # type: ignore[attr-defined]
+            kl[row.request.key] += float(logprobs[token] - base.double().log_softmax(-1)[token])
+    for row in everybody:
+        report = heads.runtime.finish(row.request.key, row.output)
+        assert report is not None
+        assert report.tokens == report.guided_tokens == len(row.output)
+        assert report.kl == pytest.approx(kl[row.request.key], abs=1e-3)
+
+
+def test_a_row_whose_request_is_finished_is_the_bases_from_the_next_step_on(heads: Heads) -> None:
+    rows = begin_rows(heads.runtime, [SINGLE, MIXED])
+    for finished in (False, True):
+        logits, hidden = torch.randn(2, WIDTH), heads.hidden(2)
+        guided = logits.clone()
+        heads.runtime.step(guided, rows, hidden=hidden)
+        assert [torch.equal(own, base) for own, base in zip(guided, logits, strict=True)] == [finished, False]
+        for row in rows:
+            row.output.append(int(guided[row.index].argmax()))  # type: ignore[attr-defined]
+        if not finished:
+            assert heads.runtime.finish(rows[0].request.key, rows[0].output) is not None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from steersman.kernels import cpu, dispatch, reference
-from steersman.kernels.arguments import HeadWeights, RewardTerms
+from steersman.kernels.arguments import HeadRows, HeadWeights, Reranked, RewardTerms
 
 VOCABULARY = 120
 
@@ -164,15 +164,15 @@ def test_heads_are_chosen_for_computed_and_written_as_step_by_step(
     logits, hidden = 2 * torch.randn(lines + 2, VOCABULARY), torch.randn(lines + 2, sizes[0][0])
     rows, heads, asked = torch.randperm(lines + 2)[:lines], [_head(*size) for size in sizes], _terms(lines, len(sizes))
     written, expected = logits.clone(), logits.clone()
-    done = cpu.rerank_by_heads(written, hidden, rows, 6, None, heads, asked)
+    head_rows = HeadRows(rows, 6, None, heads, asked)
+    done, step = Reranked(4, head_rows), random.randrange(4)
+    assert cpu.rerank_by_heads(written, hidden, head_rows, done, step)
     ids, values, logprobs = reference.select_candidates(logits[rows], 6)
     rewards = torch.stack([_outputs(head, hidden)[rows].gather(1, ids) for head in heads], dim=1)
     scores = reference.reward_rerank(expected, rows, ids, values, asked, rewards.float())
-    assert torch.equal(done.ids, ids)
-    assert torch.equal(done.values, values)
-    assert not bool(done.broken.any())
-    for ours, theirs in ((done.logprobs, logprobs), (done.rewards.double(), rewards), (done.scores, scores)):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-5)
+    found = ((done.ids, ids), (done.values, values), (done.logprobs, logprobs), (done.rewards, rewards))
+    for ours, theirs in (*found, (done.scores, scores)):
+        np.testing.assert_allclose(ours[step], theirs.numpy(), rtol=0, atol=3e-5)
     torch.testing.assert_close(written, expected, rtol=0, atol=3e-5)
 
 
@@ -181,6 +181,54 @@ def test_a_row_whose_hidden_state_is_not_finite_stays_as_it_was() -> None:
     hidden[1, random.randrange(16)] = math.nan
     written, one = logits.clone(), torch.ones(3, 1)
     terms = RewardTerms(one, one, one, torch.zeros(3, 1, dtype=torch.int32))
-    done = cpu.rerank_by_heads(written, hidden, torch.arange(3), 4, None, [_head(16, 8, 4)], terms)
-    assert done.broken.tolist() == [False, True, False]
+    asked = HeadRows(torch.arange(3), 4, torch.tensor([[4], [4], [2]]), [_head(16, 8, 4)], terms)
+    done = Reranked(1, asked)
+    assert not cpu.rerank_by_heads(written, hidden, asked, done, 0)
+    assert np.isnan(done.scores[0]).all(axis=1).tolist() == [False, True, False]
     assert torch.equal(written[1], logits[1])
+    assert (written > -torch.inf).sum(dim=1).tolist() == [4, VOCABULARY, 2]
+
+
+@pytest.mark.parametrize("is_change", [False, True])
+def test_a_policy_is_mixed_in_as_the_twin_does_it(is_change: bool) -> None:
+    logits, outputs = 3 * torch.randn(6, VOCABULARY), torch.randn(4, VOCABULARY)
+    logits[torch.rand(6, VOCABULARY) < 0.2] = -torch.inf
+    outputs[torch.rand(4, VOCABULARY) < 0.2] = -torch.inf
+    rows, coefficients = torch.randperm(6)[:4], torch.tensor([[0.4, 0.6], [-0.5, 1.5], [1.0, 0.0], [0.0, 1.0]])
+    written, base = logits.clone(), logits[rows]
+    done = cpu.blend(written, rows, outputs, coefficients, is_change=is_change)
+    policy = base.double() + outputs.double() if is_change else outputs.double()
+    expected = reference.blend_logits(base.double(), [policy], coefficients.double())
+    assert bool(done.kept.all())
+    assert torch.equal(done.base, base)
+    for ours in (done.guided, written[rows]):
+        torch.testing.assert_close(ours.double(), expected, rtol=0, atol=2e-5)
+    for total, whole in ((done.base_total, base.double()), (done.guided_total, expected)):
+        torch.testing.assert_close(total.double(), whole.logsumexp(dim=-1), rtol=0, atol=2e-5)
+    assert torch.equal(done.changed, base.argmax(dim=-1) != expected.argmax(dim=-1))
+    untouched = sorted(set(range(6)) - set(rows.tolist()))
+    assert torch.equal(written[untouched], logits[untouched])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_row_that_a_policy_leaves_without_a_distribution_stays_the_bases(value: float) -> None:
+    logits, outputs = torch.randn(3, VOCABULARY), torch.randn(3, VOCABULARY)
+    if value == -math.inf:
+        outputs[1] = value
+    else:
+        outputs[1, random.randrange(VOCABULARY)] = value
+    written = logits.clone()
+    done = cpu.blend(written, torch.arange(3), outputs, torch.full((3, 2), 0.5), is_change=False)
+    assert done.kept.tolist() == [True, False, True]
+    assert torch.equal(written[1], logits[1])
+    assert torch.equal(done.guided[1], logits[1])
+    assert float(done.guided_total[1]) == float(done.base_total[1])
+    assert not bool(done.changed[1])
+
+
+def test_a_tie_with_the_bases_most_likely_token_is_no_change() -> None:
+    logits, outputs = torch.zeros(2, VOCABULARY), torch.zeros(2, VOCABULARY)
+    logits[:, [3, 70]] = 5.0
+    outputs[0, 3], outputs[1, 80] = -1.0, 9.0
+    done = cpu.blend(logits, torch.arange(2), outputs, torch.full((2, 2), 1.0), is_change=False)
+    assert done.changed.tolist() == [False, True]
