@@ -285,9 +285,10 @@ class Auxiliaries:
             else:
                 row.request.count_reward_model(read_before + 1, row.caught_up(read_before))
 
-    def plan_scoring(self, places: Sequence[int], formulas: Sequence[Formula], device: torch.device) -> Scoring:
-        """Which model scores which rows' terms, where rows at these places of the logits have these formulas, for
+    def plan_scoring(self, index: torch.Tensor, formulas: Sequence[Formula]) -> Scoring:
+        """Which model scores which rows' terms, where the rows `index` [G] of the logits have these formulas, for
         `score`."""
+        device = index.device
         groups: dict[tuple[str, bool], list[tuple[int, int]]] = {}
         for g, formula in enumerate(formulas):
             for m, term in enumerate(formula.rewards):
@@ -298,7 +299,9 @@ class Auxiliaries:
             lines = [g for g, _ in own]
             tokens = [self.reward_models[name].tokens_per_step(formulas[g]) for g in lines]
             every = None if len(lines) == len(formulas) else to_device(lines, device)
-            hidden = to_device([places[g] for g in lines], device) if name in self.heads else None
+            hidden = None
+            if name in self.heads:
+                hidden = index if every is None else index[every]
             parts.append(_Part(name, end_token, lines, every, to_device(own, device), hidden, tokens))
         every_row = range(len(formulas))
         aligned = list(groups.values()) == [[(g, m) for g in every_row] for m in range(terms)]

@@ -141,12 +141,12 @@ class CandidateSteering:
         narrower = [[name for name in s.row.request.plan.models if name in known] for s in steered] if known else []
         widths = [[min((known[name] for name in names), default=vocabulary)] for names in narrower]
         rows = [s.row.index for s in steered]
-        scoring = self._models.plan_scoring(rows, formulas, device)
+        index = to_device(rows, device)
+        scoring = self._models.plan_scoring(index, formulas)
         has_policies = any(formula.policies or formula.base != 1.0 for formula in formulas)
         has_budgets = any(s.row.request.plan.kl_budget is not None for s in steered)
         limits = to_device([[formula.top_k] for formula in formulas], device) if ragged else None
         combination = build_combination(formulas, device)
-        index = to_device(rows, device)
         heads = None
         if not (has_policies or has_budgets or any(narrower)) and (own := self._models.find_heads(scoring)) is not None:
             heads = HeadRows(index, k, limits, own, combination.terms)
