@@ -14,6 +14,7 @@ from steersman.guidance.plan import Formula, Plan, RewardTerm, Transform
 from steersman.guidance.transfer import to_device
 from steersman.guidance.work import Fault, Misfit
 from steersman.kernels.arguments import Reranked
+from steersman.kernels.dispatch import has_kernels
 
 _BASE = Formula()
 _SUMMED = (
@@ -94,7 +95,7 @@ class VocabularyStep:
 
     def choose(self, lines: Sequence[int], tokens: torch.Tensor) -> "ChosenStep":
         """What became of `lines` now that their tokens [len(lines)] int64 are known; asks the device for nothing."""
-        if self.rewards is None and self.base.device.type == "cpu":
+        if self.rewards is None and not has_kernels(self.base.device):
             return ChosenStep(self._look_up(np.asarray(lines), tokens.numpy()))
         parts = [self.base, self.guided, self.base_total, self.guided_total, self.changed, self.opened]
         if list(lines) != list(range(len(self.base))):

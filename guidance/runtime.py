@@ -302,8 +302,9 @@ class GuidanceRuntime:
         if batch.steered is None:
             steered = _split(self._decide(logits, batch.live, readings, last))
         else:
-            with self.work.timing("policies_seconds"):
-                self.models.read_groups(readings, batch.policies, last)
+            if batch.policies:
+                with self.work.timing("policies_seconds"):
+                    self.models.read_groups(readings, batch.policies, last)
             steered = batch.steered if batch.changes == self.models.changes else batch.steered.without_failed()
         if steered.by_candidates:
             self._candidates.steer(logits, steered.by_candidates, readings, last, biased)

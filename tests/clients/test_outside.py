@@ -1,5 +1,6 @@
 """Other people's clients, as their users have them: the official Node client, LangChain and lm-eval."""
 
+import itertools
 import json
 import random
 import subprocess
@@ -46,11 +47,11 @@ def test_lm_eval_measures_the_guided_model(server: Server, models: Path, tmp_pat
     words = ["kettle", "lamp", "stone", "water", "the light", "a door", "nothing"]
     questions = [
         {
-            "question": "".join(f"{rng.choice(words)} " for _ in range(rng.randint(1, 4))).strip(),
+            "question": question,
             "choices": [f" {word}" for word in rng.sample(words, 3)],
             "label": rng.randrange(3),
         }
-        for _ in range(6)
+        for question in rng.sample([" ".join(pair) for pair in itertools.permutations(words, 2)] + words, 6)
     ]
     (tmp_path / "questions.jsonl").write_text("".join(f"{json.dumps(question)}\n" for question in questions))
     for task in (OUTSIDE / "tasks").glob("*.yaml"):

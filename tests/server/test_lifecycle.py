@@ -181,7 +181,9 @@ class HeadWorkers(Workers):
             raise self.proof
         return [self.proof] * 2
 
-    async def generate(self, prompt: Any, params: Any, request_id: str) -> AsyncIterator[Any]:
+    async def generate(
+        self, prompt: Any, params: Any, request_id: str, lora_request: object = None
+    ) -> AsyncIterator[Any]:
         """vLLM's own: a probe is no guided request."""
         self.spans.append((prompt["prompt_token_ids"], params.extra_args["steersman"]["span"]))
         yield None
