@@ -156,9 +156,9 @@ def _other_loss(name: str, **flags: Any) -> Kind:
     return _policy_head(f"{name} head", f"{name.lower()}-head", flags=flags, seeds=_ONE)
 
 
-def _width(width: int) -> Kind:
-    name = f"width {width}"
-    return _reward_head(f"reward head, {name}", f"reward-head-width-{width}", flags={"head_width": width}, seeds=_ONE)
+def _size(width: int, rank: int) -> Kind:
+    flags = {"head_width": width, "head_rank": rank}
+    return _reward_head(f"reward head, {width} × {rank}", f"reward-head-{width}-{rank}", flags=flags, seeds=_ONE)
 
 
 RATINGS = _other_target("ratings", "ratings")
@@ -170,8 +170,8 @@ LOSSES = (
     _other_loss("SimPO", method="simpo", beta=2.0),
     _other_loss("ORPO", method="orpo", beta=1.0),
 )
-WIDTHS = (_width(64), _width(1024))
-OTHERS = (RATINGS, TEACHER, *LOSSES, *WIDTHS)
+SIZES = (_size(64, 32), _size(256, 128))
+OTHERS = (RATINGS, TEACHER, *LOSSES, *SIZES)
 """Heads by other recipes, of one seed, at their best strengths alone."""
 
 PARTS: dict[str, tuple[Kind, ...]] = {
@@ -182,7 +182,7 @@ PARTS: dict[str, tuple[Kind, ...]] = {
     "ratings": (RATINGS,),
     "teacher": (TEACHER,),
     "losses": LOSSES,
-    "widths": WIDTHS,
+    "sizes": SIZES,
 }
 BUDGETED = (HEAD, HEAD_LONG)
 """Those that are decoded with budgets too."""

@@ -48,7 +48,7 @@ class _Part:
     places: torch.Tensor
     """[n, 2]: row and term."""
     hidden: torch.Tensor | None
-    """[n]: the rows' places in the base's hidden states, for a head."""
+    """[n]: the rows' places in the base's hidden states, for a head; None for any other model."""
     tokens: list[int]
     """That the model reads for each of the rows in one step."""
 
@@ -62,6 +62,8 @@ class Scoring:
     parts: list[_Part]
     aligned: bool
     """Whether each part is one term, the same in every row, in their order."""
+    device: torch.device
+    """Of the base's logits."""
 
 
 class Auxiliaries:
@@ -305,13 +307,15 @@ class Auxiliaries:
             parts.append(_Part(name, end_token, lines, every, to_device(own, device), hidden, tokens))
         every_row = range(len(formulas))
         aligned = list(groups.values()) == [[(g, m) for g in every_row] for m in range(terms)]
-        return Scoring(terms, parts, aligned)
+        return Scoring(terms, parts, aligned, device)
 
     def find_heads(self, scoring: Scoring) -> list[HeadWeights] | None:
-        """The heads that score every row's terms, one each; None where other models score some, or not every row."""
+        """The heads that score every row's terms, one each; None where other models score some, or not every row, or a
+        head lies on another device than the rows."""
         if not scoring.aligned or any(part.hidden is None for part in scoring.parts):
             return None
-        return [self.heads[part.model].head.weights for part in scoring.parts]
+        heads = [self.heads[part.model].head for part in scoring.parts]
+        return [head.weights for head in heads] if all(head.device == scoring.device for head in heads) else None
 
     def score(
         self, rows: list[Row], scoring: Scoring, ids: torch.Tensor, readings: Readings, last: LastTokens
@@ -345,10 +349,11 @@ class Auxiliaries:
             self._fail_without_hidden(part.model, [rows[g] for g in part.lines])
             return torch.full(candidates.shape, torch.nan, device=candidates.device)
         head = self.heads[part.model].head
+        tokens = candidates.to(head.device)
         if head.vocabulary < readings.vocabulary:
             # Tokens that it does not have are none of the support.
-            candidates = candidates.clamp(max=head.vocabulary - 1)
-        return head.at(head.features(readings.hidden[part.hidden]), candidates)
+            tokens = tokens.clamp(max=head.vocabulary - 1)
+        return head.at(head.features(readings.hidden[part.hidden].to(head.device)), tokens).to(candidates.device)
 
     def _fail_without_hidden(self, name: str, rows: Sequence[Row]) -> None:
         reason = f"{name_model(self.heads[name])} needs the base's hidden states, which are not there"
@@ -358,10 +363,7 @@ class Auxiliaries:
     def _look_up(
         self, readings: Readings, name: str, rows: list[Row], candidates: torch.Tensor, last: LastTokens
     ) -> torch.Tensor:
-        if name in self.heads and not readings.has_any(name):
-            self._read_head(readings, name, rows)
-        else:
-            self.read(readings, [(name, row) for row in rows], last)
+        self.read(readings, [(name, row) for row in rows], last)
         known = [g for g, row in enumerate(rows) if readings.has(name, row)]
         if len(known) == len(rows):
             return readings.gather_at(name, rows, candidates).to(candidates.device)

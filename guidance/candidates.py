@@ -20,7 +20,7 @@ from steersman.kernels.dispatch import can_rerank_by_heads, rerank_by_heads, sel
 from steersman.kernels.reference import add_rewards, write_candidates
 
 _STEPS = 32
-"""Of heads that are kept together."""
+"""Steps of heads that lie together in memory, which is held until the last of their answers is reported on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class CandidateSteering:
         """What the layout was last found for."""
         self._done: tuple[HeadRows, Reranked] | None = None
         self._place = 0
-        """Steps that are done in it."""
+        """The first step of `_done` that is free."""
 
     def steer(
         self,

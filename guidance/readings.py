@@ -80,10 +80,6 @@ class Readings:
             outputs.lines[row.index] = len(outputs.lines)
         outputs.values.append(self._fit(values) if layer is None else values)
 
-    def has_any(self, model: str) -> bool:
-        """Whether the model's outputs for any row are there."""
-        return model in self._outputs
-
     def has(self, model: str, row: Row) -> bool:
         """Whether the model's outputs for the row are there."""
         outputs = self._outputs.get(model)

@@ -49,29 +49,31 @@ class CandidateStep:
 
 @dataclass(frozen=True, slots=True)
 class HeadStep:
-    """A CandidateStep that heads have scored on a CPU, one of several that lie together."""
+    """What CandidateStep is, of a step that heads alone have scored on a CPU: one of several that lie together, so that
+    a report takes a slice of them."""
 
     done: Reranked
     place: int
+    """Of the step in `done`."""
 
     @property
     def ids(self) -> torch.Tensor:
-        """See CandidateStep."""
+        """[G, k] int64, as CandidateStep.ids."""
         return torch.from_numpy(self.done.ids[self.place])
 
     @property
     def scores(self) -> torch.Tensor:
-        """See CandidateStep."""
+        """[G, k] float32, as CandidateStep.scores."""
         return torch.from_numpy(self.done.scores[self.place])
 
     @property
     def rewards(self) -> torch.Tensor:
-        """See CandidateStep."""
+        """[G, terms, k] float32, as CandidateStep.rewards."""
         return torch.from_numpy(self.done.rewards[self.place])
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """See CandidateStep."""
+        """Ids, log-probabilities and scores, as CandidateStep.arrays."""
         return self.done.ids[self.place], self.done.logprobs[self.place], self.done.scores[self.place]
 
 

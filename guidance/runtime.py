@@ -70,7 +70,7 @@ class _Batch:
 
     rows: Sequence[Row]
     changes: int
-    """`Auxiliaries.changes` at the time."""
+    """`Auxiliaries.changes` when the rows were looked at: with another number this no longer holds."""
     live: list[Row]
     failed: list[int]
     """Indices of the rows whose guidance has ended."""
@@ -81,7 +81,7 @@ class _Batch:
 
     @classmethod
     def of(cls, rows: Sequence[Row], changes: int) -> "_Batch":
-        """Looks at each row once."""
+        """The batch of `rows`; changes: `Auxiliaries.changes` as it is."""
         live = [row for row in rows if row.request.error is None and not row.request.finished]
         failed = [row.index for row in rows if row.request.error is not None]
         if not all(row.request.plan.always_open for row in live):

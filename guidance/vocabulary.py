@@ -55,7 +55,8 @@ class VocabularySteering:
         biased: [B, V], -inf where a client has masked a token, as in GuidanceRuntime.step. What is recorded are the
         models' own distributions, without masks.
         """
-        if biased is None and self._mix_on_cpu(logits, steered, readings):
+        if biased is None and can_blend_on_cpu(logits) and (mixture := self._find_mixture(logits, steered)) is not None:
+            _mix_on_cpu(logits, steered, mixture, readings)
             return
         groups: dict[tuple[str, int], list[Steered]] = {}
         rest = []
@@ -72,24 +73,27 @@ class VocabularySteering:
             if part:
                 _blend(logits, part, readings, self._fail_where, biased)
 
-    def _mix_on_cpu(self, logits: torch.Tensor, steered: Sequence[Steered], readings: Readings) -> bool:
-        """Whether the rows are a mixture that the CPU's own kernel has written."""
+    def _find_mixture(self, logits: torch.Tensor, steered: Sequence[Steered]) -> _Mixture | None:
+        """The mixture that the rows are, if they are one; looked for once while they stay."""
         if self._last[0] is not steered:
-            self._last = (steered, _find_mixture(steered, logits.device))
-        mixture = self._last[1]
-        if mixture is None:
-            return False
-        head = readings.find_head(mixture.policy, mixture.rows, logits.device)
-        outputs = readings.gather(mixture.policy, mixture.rows) if head is None else head[0].every(head[1])
-        if not can_blend_on_cpu(logits, outputs):
-            return False
-        done = blend_on_cpu(logits, mixture.index, outputs, mixture.coefficients, is_change=head is not None)
-        totals = (done.base_total, done.guided_total)
-        _record(steered, VocabularyStep(done.base, done.guided, *totals, done.changed, done.kept))
-        return True
+            self._last = (steered, _make_mixture(steered, logits.device))
+        return self._last[1]
 
 
-def _find_mixture(steered: Sequence[Steered], device: torch.device) -> _Mixture | None:
+def _mix_on_cpu(logits: torch.Tensor, steered: Sequence[Steered], mixture: _Mixture, readings: Readings) -> None:
+    head = readings.find_head(mixture.policy, mixture.rows, logits.device)
+    # A head with fewer tokens than the base's logits has none of the others, which `gather` sees to.
+    is_change = head is not None and head[0].vocabulary == logits.shape[1]
+    if head is not None and is_change:
+        outputs = head[0].every(head[1])
+    else:
+        outputs = readings.gather(mixture.policy, mixture.rows).to(logits).contiguous()
+    done = blend_on_cpu(logits, mixture.index, outputs, mixture.coefficients, is_change=is_change)
+    totals = (done.base_total, done.guided_total)
+    _record(steered, VocabularyStep(done.base, done.guided, *totals, done.changed, done.kept))
+
+
+def _make_mixture(steered: Sequence[Steered], device: torch.device) -> _Mixture | None:
     policies = {term.policy for s in steered for term in s.formula.policies}
     if len(policies) != 1 or not all(_is_single(s) and s.gate is None for s in steered):
         return None

@@ -149,15 +149,15 @@ def compile_head_blend(weight: torch.Tensor, bias: torch.Tensor, vocabulary: int
         launch.compile()
 
 
-def can_blend_on_cpu(logits: torch.Tensor, outputs: torch.Tensor) -> bool:
-    """Whether `blend_on_cpu` takes these [B, V] and [G, V]."""
-    return _fits_numba(logits) and _fits_numba(outputs) and outputs.shape[1] == logits.shape[1]
+def can_blend_on_cpu(logits: torch.Tensor) -> bool:
+    """Whether `blend_on_cpu` is there for these logits [B, V]."""
+    return _fits_numba(logits)
 
 
 def blend_on_cpu(
     logits: torch.Tensor, rows: torch.Tensor, outputs: torch.Tensor, coefficients: torch.Tensor, *, is_change: bool
 ) -> Mixed:
-    """`kernels.cpu.blend`."""
+    """`kernels.cpu.blend`, which writes a mixture of the base and one policy; outputs: [G, V] float32, contiguous."""
     from steersman.kernels import cpu
 
     return cpu.blend(logits, rows, outputs, coefficients, is_change=is_change)

@@ -70,7 +70,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         """By slot: texts of which hidden states are kept."""
         speculative = vllm_config.speculative_config is not None
         self._drafts = Drafts(self.runtime, req_states) if speculative else None
-        """Under speculative decoding."""
+        """The rows of drafted tokens; None where nothing is drafted."""
 
     def attach(self, model_runner: Any) -> None:
         """Puts guidance between the model and the sampler of the runner."""

@@ -15,6 +15,13 @@ _LIMIT_S = 60
 
 _SLEEPER = "import pathlib, os, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(600)"
 
+_AS_FROM_A_TERMINAL = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+"""
+"""Whoever runs the tests in the background may have had these ignored."""
+
 _RUNNING = f"""
 import sys, time
 from steersman.processes import running
@@ -49,7 +56,7 @@ def _wait_until(condition: Callable[[], bool], what: str) -> None:
 def _start(program: str, folder: Path) -> tuple[subprocess.Popen[bytes], int]:
     """A process that runs the program, and the id of the process that it has started."""
     script, found = folder / "program.py", folder / "child"
-    script.write_text(program)
+    script.write_text(_AS_FROM_A_TERMINAL + program)
     parent = subprocess.Popen([sys.executable, str(script), str(found)], stderr=subprocess.DEVNULL)
     _wait_until(lambda: found.exists() and found.read_text() != "", "the child has begun")
     return parent, int(found.read_text())

@@ -12,6 +12,7 @@ import torch
 
 from steersman.guidance.head_files import POLICY, REWARD
 from steersman.guidance.head_models import HeadModel
+from steersman.guidance.heads import FrozenHead
 from steersman.guidance.hidden_states import Span
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
@@ -172,9 +173,13 @@ def test_a_gate_on_a_policy_heads_divergence_opens_by_its_own_row(heads: Heads) 
         torch.testing.assert_close(guided[n].double().log_softmax(-1), expected, rtol=0, atol=1e-5)
 
 
+def _fail_to_hold_every_output(*_: object) -> None:
+    raise AssertionError("the outputs for all tokens are held at once")
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_on_a_device_with_kernels_a_policy_head_takes_two_launches_and_the_host_waits_for_none(
-    heads: Heads, gated: bool
+    heads: Heads, gated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many rows there are, and whatever their strengths; a gate is decided by the second one."""
     guidances = [{**MIXED, "mix": mix} for mix in (0.2, 1.0, 0.7)]
@@ -185,6 +190,7 @@ def test_on_a_device_with_kernels_a_policy_head_takes_two_launches_and_the_host_
     guided, last = logits.clone(), torch.tensor([2, 3, 4])
     runtime = GuidanceRuntime(heads.runtime.reward_models, END, heads.runtime.policies, copy=SlowCopy)
     rows = begin_rows(runtime, guidances)
+    monkeypatch.setattr(FrozenHead, "every", _fail_to_hold_every_output)
     with acting_as_gpu(), count_launches() as launches, forbid_host_reads():
         runtime.step(guided, rows, last, hidden=hidden)
     assert launches == {"_project": 1, "_settle": 1}
@@ -272,3 +278,14 @@ def test_a_row_whose_request_is_finished_is_the_bases_from_the_next_step_on(head
             row.output.append(int(guided[row.index].argmax()))  # type: ignore[attr-defined]
         if not finished:
             assert heads.runtime.finish(rows[0].request.key, rows[0].output) is not None
+
+
+def test_a_policy_head_with_fewer_tokens_than_the_bases_logits_gives_the_rest_no_probability(heads: Heads) -> None:
+    """The base's logits may be padded behind its tokens."""
+    logits, hidden = torch.randn(3, WIDTH + 4), heads.hidden(3)
+    guided = logits.clone()
+    step(heads, [MIXED] * 3, hidden, guided)
+    assert bool(guided[:, WIDTH:].isneginf().all())
+    for n in range(3):
+        expected = heads.expected(logits[n, :WIDTH], hidden[n], MIXED)
+        torch.testing.assert_close(guided[n, :WIDTH].double().log_softmax(-1), expected, rtol=0, atol=1e-5)

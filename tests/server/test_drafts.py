@@ -23,6 +23,7 @@ from tests.support.device import LateSide, SlowCopy, copy_when_joined
 from tests.support.distribution import changed, check_draws
 from tests.support.oracle import Oracle, load_oracle
 from tests.support.random_input import random_prompts
+from tests.support.scheduled import Request
 from tests.support.tiny import END, VOCABULARY
 
 _Text = tuple[int, ...]
@@ -51,26 +52,6 @@ CASES = {
         {**BY_HEAD, "beta": 0.25, "top_k": 10, "gate": {"first_tokens": 1}}, gate={"first_tokens": 2}
     ),
 }
-
-
-class Request:
-    """One answer while it is decoded."""
-
-    def __init__(self, key: str, prompt: list[int], guidance: dict[str, Any] | None, wanted: int) -> None:
-        self.key, self.prompt, self.guidance, self.wanted = key, prompt, guidance, wanted
-        self.output: list[int] = []
-        self.read = 0
-        """Tokens of the prefill that the base has read."""
-
-    @property
-    def is_done(self) -> bool:
-        return len(self.output) == self.wanted or END in self.output
-
-    def take(self, tokens: list[int]) -> None:
-        """Tokens of a step, up to where the answer ends."""
-        for token in tokens:
-            if not self.is_done:
-                self.output.append(token)
 
 
 class Sampler:

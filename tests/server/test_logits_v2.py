@@ -23,6 +23,7 @@ from steersman.server.logits_v2 import GuidanceLogitsProcessor
 from tests.support.device import LateSide, SlowCopy, copy_when_joined
 from tests.support.oracle import Oracle, load_oracle
 from tests.support.random_input import any_guidance, random_prompts
+from tests.support.scheduled import Request
 from tests.support.scripted import scripted_runtime
 from tests.support.tiny import END, VOCABULARY
 
@@ -43,20 +44,6 @@ class Buffers:
 
 class Sampler:
     """vLLM's, which nothing here calls."""
-
-
-class Request:
-    """One answer while it is decoded greedily."""
-
-    def __init__(self, key: str, prompt: list[int], guidance: dict[str, Any] | None, wanted: int) -> None:
-        self.key, self.prompt, self.guidance, self.wanted = key, prompt, guidance, wanted
-        self.output: list[int] = []
-        self.read = 0
-        """Tokens of the prefill that the base has read."""
-
-    @property
-    def is_done(self) -> bool:
-        return len(self.output) == self.wanted or END in self.output
 
 
 class Engine:
