@@ -11,17 +11,16 @@ from trl.trainer.reward_config import RewardConfig
 from steersman.training.configuration import ConfigError
 from steersman.training.options import refuse
 
+WIDTH = {"help": "Of a head: units of its perceptron's middle layer, at least 1."}
+RANK = {"help": "Of a head: numbers that describe a token, and a hidden state, to each other."}
+
 
 @dataclass(kw_only=True)
 class HeadArguments:
     """Sizes of a head, and where features of the base are kept."""
 
-    head_width: int = field(
-        default=256, metadata={"help": "Of a head: units of its perceptron's middle layer, at least 1."}
-    )
-    head_rank: int = field(
-        default=128, metadata={"help": "Of a head: numbers that describe a token, and a hidden state, to each other."}
-    )
+    head_width: int = field(default=256, metadata=WIDTH)
+    head_rank: int = field(default=128, metadata=RANK)
     head_dropout: float = field(
         default=0.3, metadata={"help": "Of a head: share of its middle units left out in a step, from 0 to below 1."}
     )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from trl.trainer.reward_config import RewardConfig
 
 from steersman.training.configuration import ConfigError, RunArguments
-from steersman.training.heads.arguments import HeadArguments, check_head, refuse_head_options
+from steersman.training.heads.arguments import RANK, WIDTH, HeadArguments, check_head, refuse_head_options
 from steersman.training.options import refuse
 
 Objective = Literal[
@@ -58,6 +58,9 @@ class RewardArguments(HeadArguments, ObjectiveArguments, RunArguments):
     validation_file: str | None = field(
         default=None, metadata={"help": "Preference pairs; accuracy by prefix length is measured on them."}
     )
+    # Half of a policy head's, which guides as well and costs less in every step.
+    head_width: int = field(default=128, kw_only=True, metadata=WIDTH)
+    head_rank: int = field(default=64, kw_only=True, metadata=RANK)
     head_target: HeadTarget = field(
         default="pairs",
         metadata={
