@@ -10,8 +10,6 @@ from steersman.benchmarks.sweep import Curve
 from steersman.demo import MODELS
 
 SEEDS = (0, 1, 2)
-FRONTIER = (0,)
-"""Seeds whose models are decoded at every strength and with budgets; the others are at the best strengths alone."""
 FEW, MANY = 2500, 10_000
 """Preference pairs in a seed's file; policies read 6,000 of the larger one."""
 TOP_K = 10
@@ -37,12 +35,12 @@ class Kind:
     config: str
     """Of `training/configs/`."""
     folder: str
-    """Of its models, under a seed's; of a shipped one, among the demo's."""
+    """Of its models, under a seed's."""
     pairs: int = FEW
     flags: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = SEEDS
-    shipped: bool = False
-    """One of the demo's own models, which are trained on the MANY pairs of seed 0."""
+    shipped: str | None = None
+    """The demo's own model of that name is the one of seed 0, which the recipe trained on the MANY pairs."""
     betas: tuple[float, ...] = _BETAS
     """Strengths of a reward model."""
     from_small: bool = False
@@ -73,6 +71,11 @@ class Kind:
         return Curve(self.name, "mix", _MIXES, lambda model, mix: {"method": "mixed", "policy": model, "mix": mix})
 
     @property
+    def tuned(self) -> str:
+        """Names answers at the strength that is best for sampling with each seed's model."""
+        return f"{self.name}, tuned"
+
+    @property
     def budgets(self) -> Curve:
         """Of a reward model: KL budgets at a β that is too strong."""
         name = f"{self.name}, β = {TOO_STRONG:g}"
@@ -80,7 +83,9 @@ class Kind:
 
     def path(self, work: Path, seed: int) -> Path:
         """Where its model of a seed lies."""
-        return MODELS / self.folder if self.shipped else work / f"seed{seed}" / self.folder
+        if self.shipped is not None and seed == 0:
+            return MODELS / self.shipped
+        return work / f"seed{seed}" / self.folder
 
     def run(self, work: Path, seed: int) -> Run:
         """Its training."""
@@ -128,22 +133,21 @@ def _policy(name: str, folder: str, **options: Any) -> Kind:
 
 
 _ONE = (0,)
-_SHIPPED: dict[str, Any] = {"pairs": MANY, "seeds": _ONE, "shipped": True}
 
 HEAD = _reward_head("reward head", "reward-head-pairs")
 CANDIDATE = _candidate("candidate model", "candidate")
 VOCABULARY = _vocabulary("vocabulary model", "vocabulary")
 POLICY_HEAD = _policy_head("DPO head", "dpo-head")
-POLICY = _policy("DPO of the whole model", "dpo", seeds=_ONE)
+POLICY = _policy("DPO of the whole model", "dpo")
 
-HEAD_MANY = _reward_head(
-    "reward head, 10,000 pairs", "reward-head-10000", pairs=MANY, seeds=_ONE, flags={"num_train_epochs": 2}
-)
+HEAD_MANY = _reward_head("reward head, 10,000 pairs", "reward-head-10000", pairs=MANY, flags={"num_train_epochs": 2})
 HEAD_LONG = _reward_head("reward head, 10,000 pairs, 8 epochs", "reward-head-10000-8", pairs=MANY, seeds=_ONE)
-CANDIDATE_MANY = _candidate("candidate model, 10,000 pairs", "reward-partial", **_SHIPPED)
-VOCABULARY_MANY = _vocabulary("vocabulary model, 10,000 pairs", "reward-vocabulary", **_SHIPPED)
-POLICY_HEAD_MANY = _policy_head("DPO head, 6,000 pairs", "dpo-head", **_SHIPPED)
-POLICY_MANY = _policy("DPO of the whole model, 6,000 pairs", "dpo", **_SHIPPED)
+CANDIDATE_MANY = _candidate("candidate model, 10,000 pairs", "candidate-10000", pairs=MANY, shipped="reward-partial")
+VOCABULARY_MANY = _vocabulary(
+    "vocabulary model, 10,000 pairs", "vocabulary-10000", pairs=MANY, shipped="reward-vocabulary"
+)
+POLICY_HEAD_MANY = _policy_head("DPO head, 6,000 pairs", "dpo-head-6000", pairs=MANY, shipped="dpo-head")
+POLICY_MANY = _policy("DPO of the whole model, 6,000 pairs", "dpo-6000", pairs=MANY, shipped="dpo")
 
 
 def _other_target(name: str, target: str, **options: Any) -> Kind:
@@ -176,8 +180,7 @@ OTHERS = (RATINGS, TEACHER, *LOSSES, *SIZES)
 
 PARTS: dict[str, tuple[Kind, ...]] = {
     "few": (HEAD, CANDIDATE, VOCABULARY, POLICY_HEAD, POLICY),
-    "shipped": (CANDIDATE_MANY, VOCABULARY_MANY, POLICY_HEAD_MANY, POLICY_MANY),
-    "many": (HEAD_MANY,),
+    "many": (HEAD_MANY, CANDIDATE_MANY, VOCABULARY_MANY, POLICY_HEAD_MANY, POLICY_MANY),
     "long": (HEAD_LONG,),
     "ratings": (RATINGS,),
     "teacher": (TEACHER,),

@@ -1,7 +1,7 @@
 """What heads and their rivals come to: tables, sentences written from the numbers, and the picture of the frontier."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from steersman.benchmarks.answers import Answers, by_prompt
@@ -10,7 +10,6 @@ from steersman.benchmarks.frontier import draw_curve, height
 from steersman.benchmarks.head_kinds import (
     BUDGETED,
     FEW,
-    FRONTIER,
     HEAD,
     HEAD_LONG,
     MANY,
@@ -48,17 +47,9 @@ class Found:
 
     sweep: dict[str, list[Answers]]
     """Setting's name → the answers of each seed."""
-    best: dict[str, Best]
-    """By the kind's name."""
+    best: dict[str, tuple[Best, ...]]
+    """By the kind's name, of each of its seeds."""
     kinds: tuple[Kind, ...]
-
-    def sampled(self, kind: Kind) -> str:
-        """The setting of its best strength for sampling."""
-        return kind.curve.at(self.best[kind.name].sampled)
-
-    def greedy(self, kind: Kind) -> str:
-        """The setting of its best strength for greedy decoding."""
-        return kind.curve.at(self.best[kind.name].greedy) + _GREEDY
 
     def mean(self, name: str, measure: str) -> Estimate:
         """Over seeds; with a single one, over prompts."""
@@ -81,6 +72,11 @@ class Found:
             return gap(self.sweep, better, than, measure)
         pairs = zip(_values(ours[0], measure), _values(theirs[0], measure), strict=True)
         return estimate([a - b for a, b in pairs])
+
+
+def greedily(name: str) -> str:
+    """Names a setting's greedy answers."""
+    return name + _GREEDY
 
 
 def _values(answers: Answers, measure: str) -> list[float]:
@@ -110,16 +106,14 @@ def find(found: Found) -> Finding:
         tuple(sentences),
         f"Answers to {prompts} prompts that nothing was tuned on, at temperature 1 but where they are greedy. Mean ± "
         "standard error: over seeds where there are several, each with pairs and models of its own and all with the "
-        "same prompts; over prompts where there is one. Every strength, budgets and the picture are of "
-        f"{'seed 0 alone' if len(FRONTIER) == 1 else 'all seeds'}. Kinds without a number of pairs in their names have "
-        f"{FEW:,} of each seed. The candidate and vocabulary models of 10,000 pairs and the whole policy of 6,000 are "
-        "those that ship with the demo, of one training seed. Strengths (β over the base's 10 likeliest tokens, the "
-        "mix of a policy) are those of most gold with seed 0 on other prompts, one for sampling, one for greedy "
-        "decoding. "
+        "same prompts; over prompts where there is one. Kinds without a number of pairs in their names have "
+        f"{FEW:,} of each seed. With seed 0 the candidate and vocabulary models of 10,000 pairs and the policies of "
+        "6,000 are those that ship with the demo. Strengths (β over the base's 10 likeliest tokens, a policy's mix) "
+        "are those of most gold on other prompts, of each seed's model, one for sampling, one for greedy decoding. "
         "KL: Σ log π − log π₀ of a sampled answer's tokens, what keeping 10 candidates costs included, as the server "
         "reports it. Own reward: what the guiding reward model itself gives to the whole answer.",
         {
-            "best": {name: {"sampled": best.sampled, "greedy": best.greedy} for name, best in found.best.items()},
+            "best": {name: [asdict(own) for own in best] for name, best in found.best.items()},
             "settings": dump_sweep(found.sweep, [n for n in found.sweep if not n.endswith(_GREEDY)], ("gold", "kl")),
             "greedy": dump_sweep(found.sweep, [n for n in found.sweep if n.endswith(_GREEDY)], ("gold",)),
         },
@@ -132,14 +126,17 @@ def _kinds(found: Found, kinds: Sequence[Kind]) -> dict[str, list[str]]:
     """A row for each kind at its best strengths."""
     rows = [["base", "", "", "", f"{found.mean(BASE.name, 'gold'):.2f}", "0", "", ""]]
     for kind in kinds:
-        best, sampled, greedy = found.best[kind.name], found.sampled(kind), found.greedy(kind)
-        gold, kl, likeliest = (
-            *(f"{found.mean(sampled, measure):.2f}" for measure in ("gold", "kl")),
-            f"{found.mean(greedy, 'gold'):.2f}",
+        best, likeliest = found.best[kind.name], greedily(kind.tuned)
+        strengths, greedy_strengths = (
+            ", ".join(f"{value:g}" for value in values)
+            for values in ([own.sampled for own in best], [own.greedy for own in best])
         )
-        seeds = str(len(found.sweep[sampled]))
-        rows.append([kind.name, f"{kind.read:,}", seeds, f"{best.sampled:g}", gold, kl, f"{best.greedy:g}", likeliest])
-    headings = ("what guides", "pairs", "seeds", "strength", "gold, sampled", "KL, nats", "strength, greedy")
+        gold, kl = (f"{found.mean(kind.tuned, measure):.2f}" for measure in ("gold", "kl"))
+        greedy_gold = f"{found.mean(likeliest, 'gold'):.2f}"
+        rows.append(
+            [kind.name, f"{kind.read:,}", str(len(kind.seeds)), strengths, gold, kl, greedy_strengths, greedy_gold]
+        )
+    headings = ("what guides", "pairs", "seeds", "strengths", "gold, sampled", "KL, nats", "strengths, greedy")
     return dict(zip((*headings, "gold, greedy"), map(list, zip(*rows, strict=True)), strict=True))
 
 
@@ -169,8 +166,8 @@ def _strengths(found: Found, kinds: Sequence[Kind]) -> dict[str, list[str]]:
 def _compare(found: Found, head: Kind, rival: Kind) -> str:
     """In words, sampled and greedy."""
     ways = {
-        "sampled": (found.sampled(head), found.sampled(rival)),
-        "greedy": (found.greedy(head), found.greedy(rival)),
+        "sampled": (head.tuned, rival.tuned),
+        "greedy": (greedily(head.tuned), greedily(rival.tuned)),
     }
     count = found.common([name for names in ways.values() for name in names])
     own = found.of_seeds(count)
@@ -200,7 +197,7 @@ def _over_curve(found: Found, head: Kind, rival: Kind) -> str | None:
 
 def _over_optimised(found: Found, kind: Kind) -> str:
     """In words: what too large a β does, and budgets at it."""
-    best, strong = found.sampled(kind), kind.curve.at(TOO_STRONG)
+    best, strong = kind.tuned, kind.curve.at(TOO_STRONG)
     own = found.of_seeds(found.common((best, strong, *kind.budgets.names)))
 
     def at(name: str) -> str:
@@ -215,7 +212,7 @@ def _over_optimised(found: Found, kind: Kind) -> str:
     off = height(found.of_seeds(found.common((*curve, *kind.budgets.names))).sweep, kind.budgets.names, "gold", curve)
     beside = "" if off is None else f"; at the same KL that is {off:+.2f} off the curve of smaller β without a budget"
     return (
-        f"{_named(kind)} at β = {found.best[kind.name].sampled:g}: {at(best)}; at β = {TOO_STRONG:g}: {at(strong)}. "
+        f"{_named(kind)} at its tuned β: {at(best)}; at β = {TOO_STRONG:g}: {at(strong)}. "
         f"Gold at β = {TOO_STRONG:g} with a kl_budget: {budgets}{beside}."
     )
 
@@ -224,11 +221,11 @@ def _other(found: Found, kind: Kind) -> str:
     """In words, beside the recipe's own target or loss with the same seed."""
     usual = HEAD if kind.is_reward else POLICY_HEAD
     if usual.name not in found.best:
-        return f"{_named(kind)}: gold {found.mean(found.sampled(kind), 'gold'):.2f} sampled."
+        return f"{_named(kind)}: gold {found.mean(kind.tuned, 'gold'):.2f} sampled."
     parts = []
     for way, name, other in (
-        ("sampled", found.sampled(kind), found.sampled(usual)),
-        ("greedy", found.greedy(kind), found.greedy(usual)),
+        ("sampled", kind.tuned, usual.tuned),
+        ("greedy", greedily(kind.tuned), greedily(usual.tuned)),
     ):
         difference = found.exceeds(name, other)
         parts.append(

@@ -21,8 +21,8 @@ from rich.progress import Progress
 
 from steersman.benchmarks.answers import Answer, Answers
 from steersman.benchmarks.common.results import RESULTS
-from steersman.benchmarks.head_kinds import BUDGETED, FRONTIER, MODEL, OTHERS, PARTS, SEEDS, Kind, pairs_of
-from steersman.benchmarks.head_tables import Best, Found, find
+from steersman.benchmarks.head_kinds import BUDGETED, MODEL, OTHERS, PARTS, SEEDS, Kind, pairs_of
+from steersman.benchmarks.head_tables import Best, Found, find, greedily
 from steersman.benchmarks.offline import Guided, load_guided
 from steersman.benchmarks.quality import progress_bar
 from steersman.benchmarks.runs import Job, SmallLanguageModel, logged, one_thread
@@ -50,9 +50,9 @@ class Study:
                 job()
 
     def _jobs(self) -> Iterator[Job]:
-        wanted = [kind for kind in self.kinds if not kind.shipped]
-        teachers = [kind.teacher for kind in wanted if kind.teacher is not None]
-        trained = [(kind, seed) for kind in (*teachers, *wanted) for seed in kind.seeds]
+        teachers = [kind.teacher for kind in self.kinds if kind.teacher is not None]
+        wanted = [(kind, seed) for kind in (*teachers, *self.kinds) for seed in kind.seeds]
+        trained = [(kind, seed) for kind, seed in wanted if kind.shipped is None or seed != 0]
         if any(kind.from_small for kind, _ in trained):
             yield SmallLanguageModel(self.work)
         yield from dict.fromkeys(pairs_of(self.work, kind.pairs, seed) for kind, seed in trained)
@@ -60,18 +60,21 @@ class Study:
             yield kind.run(self.work, seed)
 
     def decode(self) -> Found:
-        """Every kind's strengths, tuned, and answers of all seeds."""
+        """Every kind's strengths, tuned with each seed's model, and the answers of all seeds."""
         found = Found({BASE.name: [self._base(seed) for seed in SEEDS]}, {}, self.kinds)
         for kind in self._shown(self.kinds, "answers"):
-            decoders = {seed: Decoder(self, kind, seed) for seed in kind.seeds}
-            found.best[kind.name] = best = decoders[kind.seeds[0]].tune()
-            settings = {setting.name: setting for setting in kind.curve.settings(MODEL)}
-            chosen = [settings[kind.curve.at(best.sampled)], greedy(settings[kind.curve.at(best.greedy)])]
-            for setting in chosen:
-                found.sweep[setting.name] = [own.answer("reporting", setting) for own in decoders.values()]
+            decoders = [Decoder(self, kind, seed) for seed in kind.seeds]
+            best = found.best[kind.name] = tuple(decoder.tune() for decoder in decoders)
+            settings = dict(zip(kind.curve.values, kind.curve.settings(MODEL), strict=True))
+            for name, chosen in (
+                (kind.tuned, [settings[own.sampled] for own in best]),
+                (greedily(kind.tuned), [greedy(settings[own.greedy]) for own in best]),
+            ):
+                found.sweep[name] = [
+                    decoder.answer("reporting", setting) for decoder, setting in zip(decoders, chosen, strict=True)
+                ]
             for setting in self._frontier(kind):
-                frontier = [decoders[seed].answer("reporting", setting) for seed in kind.seeds if seed in FRONTIER]
-                found.sweep.setdefault(setting.name, frontier)
+                found.sweep[setting.name] = [decoder.answer("reporting", setting) for decoder in decoders]
         return found
 
     def _frontier(self, kind: Kind) -> list[Setting]:
@@ -134,7 +137,7 @@ class Decoder:
 
 def greedy(setting: Setting) -> Setting:
     """The same, decoded greedily."""
-    return Setting(f"{setting.name}, greedy", setting.guidance, {"temperature": 0.0})
+    return Setting(greedily(setting.name), setting.guidance, {"temperature": 0.0})
 
 
 def main(argv: Sequence[str]) -> int:
