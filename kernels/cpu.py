@@ -140,18 +140,21 @@ def _exp(value: Any) -> Any:
     return series * np.int32((np.int32(power) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-# Sums of blocks in float32, eight terms at a time, their total in float64.
-@_compile("float64(float32[::1], float32)", fastmath={"reassoc", "contract"})
+@_compile("float32(float32[::1], float32)", fastmath={"reassoc", "contract"})
+def _sum_block(values: Any, largest: Any) -> Any:
+    total = np.float32(0.0)
+    # By place: LLVM takes eight terms at a time of no other loop.
+    for place in range(len(values)):
+        total += _exp(values[place] - largest)
+    return total
+
+
+# Sums of blocks in float32, their total in float64.
+@_compile("float64(float32[::1], float32)")
 def _sum_exp(values: Any, largest: Any) -> Any:
     total: Any = 0.0
-    start = 0
-    while start < len(values):
-        stop = min(len(values), start + 4096)
-        part = np.float32(0.0)
-        for place in range(start, stop):
-            part += _exp(values[place] - largest)
-        total = total + part
-        start = stop
+    for start in range(0, len(values), 4096):
+        total += _sum_block(values[start : start + 4096], largest)
     return total
 
 
@@ -228,12 +231,22 @@ def _gather(features, weight, bias, tokens, outputs):
 
 @_compile(_AFFINE, fastmath={"reassoc", "contract"})
 def _add_product(inputs, weight, outputs):
-    """outputs [n, W] += inputs [n, D] · weight [D, W], which is read once: four of its rows for all inputs."""
+    """outputs [n, W] += inputs [n, D] · weight [D, W], which is read once: four of its rows for all inputs, and from
+    the cache for two of these at a time."""
     whole = len(weight) - len(weight) % 4
     for start in range(0, whole, 4):
         first, second, third, fourth = weight[start], weight[start + 1], weight[start + 2], weight[start + 3]
-        for line in range(len(inputs)):
+        for line in range(0, len(inputs) - 1, 2):
             own, sums = inputs[line, start : start + 4], outputs[line]
+            next_own, next_sums = inputs[line + 1, start : start + 4], outputs[line + 1]
+            a, b, c, d = own[0], own[1], own[2], own[3]
+            e, f, g, h = next_own[0], next_own[1], next_own[2], next_own[3]
+            for channel in range(len(sums)):
+                w, x, y, z = first[channel], second[channel], third[channel], fourth[channel]
+                sums[channel] += (a * w + b * x) + (c * y + d * z)
+                next_sums[channel] += (e * w + f * x) + (g * y + h * z)
+        if len(inputs) % 2:
+            own, sums = inputs[-1, start : start + 4], outputs[-1]
             a, b, c, d = own[0], own[1], own[2], own[3]
             for channel in range(len(sums)):
                 sums[channel] += (a * first[channel] + b * second[channel]) + (c * third[channel] + d * fourth[channel])
@@ -260,13 +273,18 @@ def _score_by_head(hidden, rows, inner, inner_bias, outer, outer_bias, tokens, b
     _gather(features, tokens, bias, ids, rewards[:, term])
 
 
-@_compile("float32(float32[::1])", fastmath={"reassoc", "nnan", "nsz"})
+# Four maxima, so that none waits for the one before.
+@_compile("float32(float32[::1])", fastmath={"nnan", "nsz"})
 def _largest(values):
     """Of values without NaN."""
-    largest = values[0]
-    for value in values:
-        largest = max(largest, value)
-    return largest
+    first = second = third = fourth = values[0]
+    whole = len(values) - len(values) % 4
+    for start in range(0, whole, 4):
+        first, second = max(first, values[start]), max(second, values[start + 1])
+        third, fourth = max(third, values[start + 2]), max(fourth, values[start + 3])
+    for start in range(whole, len(values)):
+        first = max(first, values[start])
+    return max(max(first, second), max(third, fourth))
 
 
 @_compile("float32(float32[::1], float32)")
@@ -276,35 +294,48 @@ def _total(values, largest):
     return np.float32(largest + math.log(_sum_exp(values, largest)))
 
 
-@_compile("float32(float32[::1], float32[::1], float32)", fastmath={"reassoc", "nnan", "nsz"})
-def _best_among_peaks(values, base, largest):
-    """The largest of the values where the base has its own."""
-    best = np.float32(-np.inf)
-    for token in range(len(values)):
-        best = max(best, values[token] if base[token] == largest else np.float32(-np.inf))
-    return best
+# Assignments of slices are copied one by one.
+@_compile("void(float32[::1], float32[::1])")
+def _copy(values, destination):
+    for place in range(len(values)):
+        destination[place] = values[place]
+
+
+@_compile("int64(float32[::1], float32, float32[::1], float32)")
+def _count_common(values, value, others, other):
+    """Places at which two rows hold one value each."""
+    count = 0
+    for place in range(len(values)):
+        count += (values[place] == value) & (others[place] == other)
+    return count
+
+
+@_compile("void(float32[::1], float32[::1], float32, float32, float32[::1], float32[::1])", fastmath={"contract"})
+def _mix(row, policy, first, second, base, mixed):
+    """mixed = first · row + second · policy, and base = row."""
+    impossible = np.float32(-np.inf)
+    for token in range(len(row)):
+        value, other = row[token], policy[token]
+        base[token] = value
+        absent = other == impossible
+        blended = first * value + (np.float32(0.0) if absent else second * other)
+        masked = value == impossible or (absent and second != np.float32(0.0))
+        mixed[token] = impossible if masked else blended
 
 
 @_compile(_BLEND)
 def _blend(logits, rows, outputs, coefficients, is_change, base, guided, base_total, guided_total, changed, kept):
-    impossible = np.float32(-np.inf)
     for line in range(len(rows)):
-        row, own, mixed, policy = logits[rows[line]], base[line], guided[line], outputs[line]
+        row, own, mixed = logits[rows[line]], base[line], guided[line]
         second = coefficients[line, 1]
         first = coefficients[line, 0] + second if is_change else coefficients[line, 0]
-        own[:] = row
-        for token in range(len(row)):
-            value, other = own[token], policy[token]
-            absent = other == impossible
-            blended = first * value + (np.float32(0.0) if absent else second * other)
-            masked = value == impossible or (absent and second != np.float32(0.0))
-            mixed[token] = impossible if masked else blended
+        _mix(row, outputs[line], first, second, own, mixed)
         peak, best = _largest(own), _largest(mixed)
         base_total[line], guided_total[line] = _total(own, peak), _total(mixed, best)
         kept[line] = math.isfinite(guided_total[line])
         if kept[line]:
-            changed[line] = _best_among_peaks(mixed, own, peak) < best
-            row[:] = mixed
+            changed[line] = _count_common(own, peak, mixed, best) == 0
+            _copy(mixed, row)
         else:
             changed[line], guided_total[line] = False, base_total[line]
-            mixed[:] = own
+            _copy(own, mixed)
