@@ -11,6 +11,7 @@ from steersman.guidance.plan import Formula
 from steersman.guidance.readings import Readings
 from steersman.guidance.report import CandidateStep, HeadStep
 from steersman.guidance.rows import LastTokens, Steered
+from steersman.guidance.standing import STEPS, CandidateSteps
 from steersman.guidance.transfer import to_device
 from steersman.guidance.transforms import Combination, build_combination, explain_broken
 from steersman.guidance.vocabulary import blend_readings
@@ -18,9 +19,6 @@ from steersman.guidance.work import Failure, Work
 from steersman.kernels.arguments import HeadRows, Reranked
 from steersman.kernels.dispatch import can_rerank_by_heads, rerank_by_heads, select_candidates, write_reranked
 from steersman.kernels.reference import add_rewards, write_candidates
-
-_STEPS = 32
-"""Steps of heads that lie together in memory, which is held until the last of their answers is reported on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +90,14 @@ class CandidateSteering:
             self._record(steered, CandidateStep(ids, base_logprobs, scores, rewards))
             self._fail_where(steered, broken, values, rewards)
 
+    def find_steps(self, logits: torch.Tensor, steered: list[Steered]) -> CandidateSteps | None:
+        """How the rows are guided in steps to come, where heads alone score their candidates, and the kernels are there
+        for logits such as these; else None."""
+        heads = self._find_layout(logits, steered).heads
+        if heads is None or not can_rerank_by_heads(logits):
+            return None
+        return CandidateSteps(heads, lambda step: self._fail_broken(steered, step))
+
     def _steer_by_heads(
         self,
         logits: torch.Tensor,
@@ -101,14 +107,17 @@ class CandidateSteering:
     ) -> None:
         with self._work.timing("rewards_seconds"):
             if self._done is None or self._done[0] is not asked or self._place == self._done[1].steps:
-                self._done, self._place = (asked, Reranked(_STEPS, asked)), 0
+                self._done, self._place = (asked, Reranked(STEPS, asked)), 0
             step = HeadStep(self._done[1], self._place)
             self._place += 1
             written = rerank_by_heads(logits, hidden, asked, step.done, step.place)
         self._record(steered, step)
         if not written:
-            values = torch.from_numpy(step.done.values[step.place])
-            self._fail_where(steered, step.scores[:, 0].isnan(), values, step.rewards)
+            self._fail_broken(steered, step)
+
+    def _fail_broken(self, steered: Sequence[Steered], step: HeadStep) -> None:
+        values = torch.from_numpy(step.done.values[step.place])
+        self._fail_where(steered, step.scores[:, 0].isnan(), values, step.rewards)
 
     def _write_within_budgets(
         self, logits: torch.Tensor, steered: list[Steered], layout: _Layout, step: CandidateStep

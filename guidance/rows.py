@@ -147,6 +147,18 @@ def begin_positions(rows: Sequence[Row], last: LastTokens) -> None:
 
     A position that is scored again replaces what was recorded.
     """
+    catch_up(rows, last)
+    for row in rows:
+        request = row.request
+        row.record = Position()
+        request.positions.append(row.record)
+        if request.plan.kl_budget is not None:
+            request.spent.append(0.0)
+
+
+def catch_up(rows: Sequence[Row], last: LastTokens) -> None:
+    """Makes the record of every request end in front of this step, and completes its last position by the token in
+    `last`."""
     waiting = []
     for row in rows:
         request = row.request
@@ -158,12 +170,6 @@ def begin_positions(rows: Sequence[Row], last: LastTokens) -> None:
     if waiting:
         records = [(row.request.positions[-1], row.request.plan.trace) for row in waiting]
         _choose_tokens(records, last.of(waiting))
-    for row in rows:
-        request = row.request
-        row.record = Position()
-        request.positions.append(row.record)
-        if request.plan.kl_budget is not None:
-            request.spent.append(0.0)
 
 
 def _wind_to(row: Row, position: int) -> None:

@@ -36,11 +36,12 @@ from steersman.guidance.rows import (
     choose_known_tokens,
     place_draft,
 )
+from steersman.guidance.standing import StandingRows, Steps
 from steersman.guidance.text_form import Source
 from steersman.guidance.transfer import HostCopy, LateReads, copy_to_host, take_rows, to_device
 from steersman.guidance.vocabulary import VocabularySteering
 from steersman.guidance.work import Work
-from steersman.kernels.dispatch import has_kernels
+from steersman.kernels.dispatch import can_blend_on_cpu, has_kernels
 
 _KEPT_REQUESTS = 4096
 """Requests that have left the batch and whose report nobody has asked for yet; the oldest are forgotten beyond it."""
@@ -116,6 +117,10 @@ class GuidanceRuntime:
         self._vocabulary = VocabularySteering(self.models.fail_where)
         self._requests: OrderedDict[Hashable, GuidedRequest] = OrderedDict()
         self._batch: _Batch | None = None
+        self._last_batch: _Batch | None = None
+        """That of the last step, as it was behind it."""
+        self._standing: StandingRows | None = None
+        """The rows of `_last_batch`, where heads alone guide them."""
         self.hidden_states = HiddenStateStore()
         """The base's, of texts that heads score or are proven with."""
 
@@ -145,6 +150,7 @@ class GuidanceRuntime:
         """Takes out a model that no live request uses; the caller holds the last of it. A request that named it, and
         is still known for a moment, is guided no more."""
         self.settle(wait=True)
+        self._hand_over()
         for request in self._requests.values():
             if request.error is None and name in request.plan.models:
                 request.error, request.fault = f"{name!r} was unloaded", "raised"
@@ -165,18 +171,21 @@ class GuidanceRuntime:
         """Frees the request's cache, keeping its record: it has left the batch, for good or for a while. With `tokens`
         later requests that begin alike may reuse it."""
         self.settle()
+        self._hand_over()
         self.models.release(key, tokens)
 
     def finish(self, key: Hashable, response: Sequence[int]) -> Report | None:
         """Frees everything the request holds and reports on the `response` tokens; None if the key is unknown."""
         with self.turn():
             self.settle(wait=True)
+            self._hand_over()
             self.models.release(key)
             request = self._requests.pop(key, None)
             if request is None:
                 return None
             request.finished = True
-            self.models.changes += 1
+            if self._batch is not None and any(row.request is request for row in self._batch.rows):
+                self.models.changes += 1
             choose_known_tokens(request, response)
             spent = None if request.plan.kl_budget is None else sum(request.spent)
             return summarise(
@@ -272,13 +281,16 @@ class GuidanceRuntime:
             self.settle()
             batch = self._find_batch(rows)
             if batch.live:
-                readings = Readings(logits.shape[-1], logits, hidden)
                 last = _last_tokens(logits, batch.live, fed)
-                if positions is None:
-                    with self.work.timing("writing_seconds"):
-                        begin_positions(batch.live, last)
-                self._guide(logits, batch, readings, last, biased)
+                alone = biased is None and positions is None
+                if not (alone and self._guide_by_heads(logits, batch, hidden, last)):
+                    self._hand_over()
+                    if positions is None:
+                        with self.work.timing("writing_seconds"):
+                            begin_positions(batch.live, last)
+                    self._guide(logits, batch, Readings(logits.shape[-1], logits, hidden), last, biased)
                 batch = self._find_batch(rows)
+            self._last_batch = batch
             if positions is not None:
                 self._late.read(positions, partial(place_draft, rows))
             self.models.forget_ahead()
@@ -290,6 +302,32 @@ class GuidanceRuntime:
         if self._batch is None or self._batch.rows is not rows or self._batch.changes != self.models.changes:
             self._batch = _Batch.of(rows, self.models.changes)
         return self._batch
+
+    def _guide_by_heads(
+        self, logits: torch.Tensor, batch: "_Batch", hidden: torch.Tensor | None, last: LastTokens
+    ) -> bool:
+        """Guides a batch that is the last step's, where heads alone do on a CPU; returns whether it did."""
+        if batch is not self._last_batch or batch.steered is None or hidden is None or not can_blend_on_cpu(logits):
+            return False
+        if self._standing is None or not self._standing.follow():
+            self._hand_over()
+            self._standing = self._find_standing(logits, batch.steered, last)
+        return self._standing is not None and self._standing.step(logits, hidden, last, self.work)
+
+    def _find_standing(self, logits: torch.Tensor, steered: _Split, last: LastTokens) -> StandingRows | None:
+        by_candidates, over_vocabulary = steered.by_candidates, steered.over_vocabulary
+        steps: Steps | None = None
+        if not over_vocabulary:
+            steps = self._candidates.find_steps(logits, by_candidates)
+        elif not by_candidates:
+            steps = self._vocabulary.find_steps(logits, over_vocabulary, self.models.heads)
+        return None if steps is None else StandingRows(by_candidates or over_vocabulary, steps, last)
+
+    def _hand_over(self) -> None:
+        """Before anything but a step like the last one looks at the requests' records."""
+        if self._standing is not None:
+            self._standing.hand_over()
+            self._standing = None
 
     def _guide(
         self,

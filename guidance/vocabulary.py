@@ -1,21 +1,23 @@
 """Guidance over the whole vocabulary: policies are blended with the base, rewards that a model returns for every token
 are added, and what was done is recorded."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from steersman.guidance.gates import choose_seed
+from steersman.guidance.head_models import HeadModel
 from steersman.guidance.kl_budget import fit_budgets
 from steersman.guidance.plan import Formula
 from steersman.guidance.readings import Readings
 from steersman.guidance.report import VocabularyStep
 from steersman.guidance.rows import Row, Steered
+from steersman.guidance.standing import MixtureSteps
 from steersman.guidance.transfer import take_rows, to_device
 from steersman.guidance.transforms import build_combination, explain_broken
 from steersman.guidance.work import Failure
-from steersman.kernels.arguments import BlendedRows, BlendRows
+from steersman.kernels.arguments import BlendedRows, BlendRows, MixRows
 from steersman.kernels.dispatch import blend_on_cpu, blend_policy, can_blend_on_cpu, has_kernels
 from steersman.kernels.reference import add_rewards, blend_logits, find_peaks
 
@@ -72,6 +74,20 @@ class VocabularySteering:
             part = [s for s in rest if bool(s.formula.rewards) is with_rewards]
             if part:
                 _blend(logits, part, readings, self._fail_where, biased)
+
+    def find_steps(
+        self, logits: torch.Tensor, steered: Sequence[Steered], heads: Mapping[str, HeadModel]
+    ) -> MixtureSteps | None:
+        """How the rows are guided in steps to come, where one policy head of all `heads` is mixed into them and nothing
+        is traced, and the kernels are there for logits such as these; else None."""
+        mixture = self._find_mixture(logits, steered) if can_blend_on_cpu(logits) else None
+        model = None if mixture is None else heads.get(mixture.policy)
+        if mixture is None or model is None or any(row.request.plan.trace for row in mixture.rows):
+            return None
+        if not model.adds_base or model.vocabulary != logits.shape[1] or model.head.device != logits.device:
+            return None
+        asked = MixRows(mixture.index, mixture.coefficients, model.head.weights)
+        return MixtureSteps(asked, logits.shape[1])
 
     def _find_mixture(self, logits: torch.Tensor, steered: Sequence[Steered]) -> _Mixture | None:
         """The mixture that the rows are, if they are one; looked for once while they stay."""

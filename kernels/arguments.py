@@ -89,7 +89,24 @@ class Reranked:
         """[N, G, M, k]"""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
+class MixRows:
+    """Rows that one policy, a head on the base's hidden states, is mixed into; [G], the same in many steps."""
+
+    rows: torch.Tensor
+    """int64: their places in the base's logits and hidden states."""
+    coefficients: torch.Tensor
+    """[G, 2] float32: of log base and log policy."""
+    head: HeadWeights
+    """With an output for every token of the base's logits."""
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and coefficients on a CPU."""
+        return self.rows.numpy(), self.coefficients.numpy()
+
+
+@dataclass(frozen=True)
 class Mixed:
     """Rows that a policy was mixed into, before and after: [G, V] float32."""
 
@@ -102,6 +119,20 @@ class Mixed:
     """[G] bool: whether no token is the most likely one in both."""
     kept: torch.Tensor
     """[G] bool: rows that were written."""
+
+    @classmethod
+    def empty(cls, rows: int, vocabulary: int) -> "Mixed":
+        """Memory for as many rows."""
+        base, guided = np.empty((2, rows, vocabulary), dtype=np.float32)
+        base_total, guided_total = np.empty((2, rows), dtype=np.float32)
+        changed, kept = np.empty((2, rows), dtype=np.bool_)
+        return cls(*map(torch.from_numpy, (base, guided, base_total, guided_total, changed, kept)))
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """The same in this order: they outlive many steps."""
+        own = (self.base, self.guided, self.base_total, self.guided_total, self.changed, self.kept)
+        return tuple(tensor.numpy() for tensor in own)
 
 
 @dataclass(frozen=True, slots=True)

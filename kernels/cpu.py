@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from steersman.kernels.arguments import HeadRows, Mixed, Reranked, RewardTerms
+from steersman.kernels.arguments import HeadRows, Mixed, MixRows, Reranked, RewardTerms
 
 _SELECT = "void(float32[:, ::1], int64[::1], int64[::1], int64[:, ::1], float32[:, ::1], float32[:, ::1])"
 _RERANK = (
@@ -27,6 +27,14 @@ _BLEND = (
     "float32[::1], float32[::1], boolean[::1], boolean[::1])"
 )
 _AFFINE = "void(float32[:, ::1], float32[:, ::1], float32[:, ::1])"
+_CHOOSE = (
+    "void(float32[:, ::1], float32[:, ::1], float32[::1], float32[::1], boolean[::1], boolean[::1], int64[::1], "
+    "float32[:, ::1])"
+)
+_FEATURES = (
+    "boolean(float32[:, ::1], int64[::1], float32[:, ::1], float32[::1], float32[:, ::1], float32[::1], "
+    "float32[:, ::1])"
+)
 _SCORE = (
     "void(float32[:, ::1], int64[::1], float32[:, ::1], float32[::1], float32[:, ::1], float32[::1], "
     "float32[:, ::1], float32[::1], int64[:, ::1], int64, float32[:, :, ::1])"
@@ -91,15 +99,28 @@ def blend(
     coefficients: [G, 2] float32. A token that the base masks, or a policy with a coefficient, stays impossible. A row
     that has no finite sum keeps its bits.
     """
-    size, width = outputs.shape
-    base, guided = np.empty((2, size, width), dtype=np.float32)
-    base_total, guided_total = np.empty((2, size), dtype=np.float32)
-    changed, kept = np.empty((2, size), dtype=np.bool_)
-    _blend(
-        *(logits.numpy(), rows.numpy(), outputs.numpy(), coefficients.numpy(), is_change),
-        *(base, guided, base_total, guided_total, changed, kept),
-    )
-    return Mixed(*map(torch.from_numpy, (base, guided, base_total, guided_total, changed, kept)))
+    mixed = Mixed.empty(*outputs.shape)
+    _blend(logits.numpy(), rows.numpy(), outputs.numpy(), coefficients.numpy(), is_change, *mixed.arrays)
+    return mixed
+
+
+def blend_by_head(logits: torch.Tensor, hidden: torch.Tensor, asked: MixRows, mixed: Mixed) -> bool:
+    """Mixes a head's policy, log π = log π₀ + outputs, into contiguous logits [B, V] float32, as `blend`, and writes
+    what became of them into `mixed`. hidden: [B, D] float32, contiguous. Returns whether all features are finite
+    numbers; where they are not, nothing is written."""
+    (rows, coefficients), head = asked.arrays, asked.head
+    features = np.empty((len(rows), len(head.outer_bias)), dtype=np.float32)
+    if not _find_features(hidden.numpy(), rows, *head.arrays[:4], features):
+        return False
+    outputs = torch.addmm(head.bias, torch.from_numpy(features), head.tokens.t())
+    _blend(logits.numpy(), rows, outputs.numpy(), coefficients, True, *mixed.arrays)
+    return True
+
+
+def choose_mixed(mixed: Mixed, tokens: torch.Tensor, values: np.ndarray) -> None:
+    """Writes into values [G, 4] float32 what mixed rows give to their tokens [G] int64: log π and log π₀, and whether
+    the most likely token was changed, and the row written (1 or 0)."""
+    _choose(*mixed.arrays, tokens.numpy(), values)
 
 
 def _compile(signature: str, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -257,19 +278,44 @@ def _add_product(inputs, weight, outputs):
                 sums[channel] += value * weight[start, channel]
 
 
-@_compile(_SCORE, fastmath={"contract"})
-def _score_by_head(hidden, rows, inner, inner_bias, outer, outer_bias, tokens, bias, ids, term, rewards):
+# Assignments of slices are copied one by one.
+@_compile("void(float32[::1], float32[::1])")
+def _copy(values, destination):
+    for place in range(len(values)):
+        destination[place] = values[place]
+
+
+# Python's division, which raises where it divides by 0, is compiled one value at a time.
+@_compile("void(float32[::1])", fastmath={"contract"}, error_model="numpy")
+def _apply_silu(values):
+    for place in range(len(values)):
+        values[place] /= np.float32(1.0) + _exp(-values[place])
+
+
+@_compile(_FEATURES, fastmath={"contract"})
+def _find_features(hidden, rows, inner, inner_bias, outer, outer_bias, features):
+    """f(h) of the rows; returns whether all of it are finite numbers."""
     states = np.empty((len(rows), hidden.shape[1]), dtype=np.float32)
     middle = np.empty((len(rows), len(inner_bias)), dtype=np.float32)
-    features = np.empty((len(rows), len(outer_bias)), dtype=np.float32)
     for line in range(len(rows)):
-        states[line], middle[line], features[line] = hidden[rows[line]], inner_bias, outer_bias
+        _copy(hidden[rows[line]], states[line])
+        _copy(inner_bias, middle[line])
+        _copy(outer_bias, features[line])
     _add_product(states, inner, middle)
     for line in range(len(rows)):
-        own = middle[line]
-        for channel in range(len(own)):
-            own[channel] /= np.float32(1.0) + _exp(-own[channel])
+        _apply_silu(middle[line])
     _add_product(middle, outer, features)
+    finite = True
+    for line in range(len(rows)):
+        for value in features[line]:
+            finite &= math.isfinite(value)
+    return finite
+
+
+@_compile(_SCORE)
+def _score_by_head(hidden, rows, inner, inner_bias, outer, outer_bias, tokens, bias, ids, term, rewards):
+    features = np.empty((len(rows), len(outer_bias)), dtype=np.float32)
+    _find_features(hidden, rows, inner, inner_bias, outer, outer_bias, features)
     _gather(features, tokens, bias, ids, rewards[:, term])
 
 
@@ -292,13 +338,6 @@ def _total(values, largest):
     if not math.isfinite(largest):
         return largest
     return np.float32(largest + math.log(_sum_exp(values, largest)))
-
-
-# Assignments of slices are copied one by one.
-@_compile("void(float32[::1], float32[::1])")
-def _copy(values, destination):
-    for place in range(len(values)):
-        destination[place] = values[place]
 
 
 @_compile("int64(float32[::1], float32, float32[::1], float32)")
@@ -339,3 +378,12 @@ def _blend(logits, rows, outputs, coefficients, is_change, base, guided, base_to
         else:
             changed[line], guided_total[line] = False, base_total[line]
             _copy(own, mixed)
+
+
+@_compile(_CHOOSE)
+def _choose(base, guided, base_total, guided_total, changed, kept, tokens, values):
+    for line in range(len(tokens)):
+        token = tokens[line]
+        values[line, 0] = guided[line, token] - guided_total[line]
+        values[line, 1] = base[line, token] - base_total[line]
+        values[line, 2], values[line, 3] = changed[line], kept[line]

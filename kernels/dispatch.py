@@ -3,10 +3,20 @@
 from functools import cache
 from importlib.util import find_spec
 
+import numpy as np
 import torch
 
 from steersman.kernels import reference
-from steersman.kernels.arguments import Blended, BlendedRows, BlendRows, HeadRows, Mixed, Reranked, RewardTerms
+from steersman.kernels.arguments import (
+    Blended,
+    BlendedRows,
+    BlendRows,
+    HeadRows,
+    Mixed,
+    MixRows,
+    Reranked,
+    RewardTerms,
+)
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -161,6 +171,21 @@ def blend_on_cpu(
     from steersman.kernels import cpu
 
     return cpu.blend(logits, rows, outputs, coefficients, is_change=is_change)
+
+
+def blend_by_head(logits: torch.Tensor, hidden: torch.Tensor, asked: MixRows, mixed: Mixed) -> bool:
+    """`kernels.cpu.blend_by_head`, where `can_blend_on_cpu`; hidden: the base's hidden states [B, D] of any
+    precision."""
+    from steersman.kernels import cpu
+
+    return cpu.blend_by_head(logits, hidden.float().contiguous(), asked, mixed)
+
+
+def choose_mixed(mixed: Mixed, tokens: torch.Tensor, values: np.ndarray) -> None:
+    """`kernels.cpu.choose_mixed`, where `can_blend_on_cpu`."""
+    from steersman.kernels import cpu
+
+    cpu.choose_mixed(mixed, tokens, values)
 
 
 def attend_candidates(
