@@ -120,7 +120,7 @@ class GuidanceRuntime:
         self._last_batch: _Batch | None = None
         """That of the last step, as it was behind it."""
         self._standing: StandingRows | None = None
-        """The rows of `_last_batch`, where heads alone guide them."""
+        """The rows of `_batch`, where heads alone guide them."""
         self.hidden_states = HiddenStateStore()
         """The base's, of texts that heads score or are proven with."""
 
@@ -300,6 +300,7 @@ class GuidanceRuntime:
     def _find_batch(self, rows: Sequence[Row]) -> "_Batch":
         """The same as in the last step where nothing has come, gone, failed or finished since."""
         if self._batch is None or self._batch.rows is not rows or self._batch.changes != self.models.changes:
+            self._hand_over()
             self._batch = _Batch.of(rows, self.models.changes)
         return self._batch
 

@@ -21,7 +21,7 @@ from tests.support.gpu_runtime import acting_as_gpu, count_launches
 from tests.support.heads import head_table, random_head
 from tests.support.scripted import END, begin_rows, scripted_runtime
 
-WIDTH = 24
+WIDTH, STATE = 24, 17
 SINGLE = {"method": "pargs", "reward_model": "r", "beta": 0.7, "top_k": 5}
 WHOLE = {**SINGLE, "top_k": None}
 MIXED = {"method": "mixed", "policy": "p", "mix": 0.6}
@@ -39,13 +39,12 @@ class Heads:
         self.runtime: GuidanceRuntime = scripted_runtime({"other": torch.randn(WIDTH)})
         self.models: dict[str, HeadModel] = {}
         for name, role in (("r", REWARD), ("p", POLICY)):
-            self.models[name] = random_head(rng, name, role, WIDTH)
+            self.models[name] = random_head(rng, name, role, WIDTH, hidden_size=STATE)
             self.runtime.add(self.models[name])  # type: ignore[arg-type]
-        self.sizes = {name: model.head.shape.hidden_size for name, model in self.models.items()}
 
     def hidden(self, rows: int) -> torch.Tensor:
-        """Random states that either head reads the start of."""
-        return torch.randn(rows, max(self.sizes.values()))
+        """Random states, which both heads read."""
+        return torch.randn(rows, STATE)
 
     def expected(self, logits: torch.Tensor, hidden: torch.Tensor, guidance: dict[str, Any]) -> torch.Tensor:
         """Guided log-probabilities [V] of a row, in float64."""
@@ -65,9 +64,8 @@ class Heads:
 
 
 @pytest.fixture
-def heads(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> Heads:
-    """All heads read states of 17 numbers."""
-    monkeypatch.setattr(rng, "randint", lambda low, high: 17 if (low, high) == (5, 20) else 4)
+def heads(rng: random.Random) -> Heads:
+    """Freshly drawn."""
     return Heads(rng)
 
 
@@ -204,7 +202,7 @@ def test_on_a_device_with_kernels_reward_heads_take_three_launches_and_one_for_e
     heads: Heads, rng: random.Random, terms: int
 ) -> None:
     """Candidates are found by two, a head's rewards by one, and all rows are written by one, beside f(h)."""
-    extra = random_head(rng, "more", REWARD, WIDTH)
+    extra = random_head(rng, "more", REWARD, WIDTH, hidden_size=STATE)
     rewards = [{"model": "r", "weight": 0.5}, {"model": "more", "weight": -0.3}][:terms]
     logits, hidden = torch.randn(3, WIDTH), heads.hidden(3)
     models = {**heads.runtime.reward_models, "more": extra}

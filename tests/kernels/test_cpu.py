@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from steersman.kernels import cpu, dispatch, reference
-from steersman.kernels.arguments import HeadRows, HeadWeights, Reranked, RewardTerms
+from steersman.kernels.arguments import HeadRows, HeadWeights, Mixed, MixRows, Reranked, RewardTerms
 
 VOCABULARY = 120
 
@@ -208,6 +208,39 @@ def test_a_policy_is_mixed_in_as_the_twin_does_it(is_change: bool) -> None:
     assert torch.equal(done.changed, base.argmax(dim=-1) != expected.argmax(dim=-1))
     untouched = sorted(set(range(6)) - set(rows.tolist()))
     assert torch.equal(written[untouched], logits[untouched])
+
+
+@pytest.mark.parametrize(("lines", "sizes"), [(1, (16, 8, 4)), (2, (13, 6, 5)), (9, (31, 33, 7))])
+def test_a_policy_head_is_mixed_in_and_its_tokens_are_looked_up(lines: int, sizes: tuple[int, int, int]) -> None:
+    logits, hidden, head = 3 * torch.randn(lines + 2, VOCABULARY), torch.randn(lines + 2, sizes[0]), _head(*sizes)
+    logits[torch.rand(lines + 2, VOCABULARY) < 0.1] = -torch.inf
+    rows, coefficients = torch.randperm(lines + 2)[:lines], torch.randn(lines, 2)
+    written, mixed = logits.clone(), Mixed.empty(lines, VOCABULARY)
+    assert cpu.blend_by_head(written, hidden, MixRows(rows, coefficients, head), mixed)
+    base = logits[rows].double()
+    policy = base + _outputs(head, hidden)[rows]
+    expected = reference.blend_logits(base, [policy], coefficients.double())
+    torch.testing.assert_close(written[rows].double(), expected, rtol=1e-5, atol=3e-5)
+    untouched = sorted(set(range(lines + 2)) - set(rows.tolist()))
+    assert torch.equal(written[untouched], logits[untouched])
+
+    tokens, values = expected.softmax(-1).multinomial(1)[:, 0], np.empty((lines, 4), dtype=np.float32)
+    cpu.choose_mixed(mixed, tokens, values)
+    changed = base.argmax(-1) != expected.argmax(-1)
+    for column, distribution in enumerate((expected, base)):
+        whole = distribution.log_softmax(-1).gather(1, tokens.unsqueeze(-1))[:, 0]
+        np.testing.assert_allclose(values[:, column], whole.numpy(), rtol=1e-5, atol=5e-5)
+    assert values[:, 2:].tolist() == [[float(change), 1.0] for change in changed]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_policy_head_whose_features_are_not_finite_writes_nothing(value: float) -> None:
+    logits, hidden = torch.randn(3, VOCABULARY), torch.randn(3, 16)
+    hidden[random.randrange(3), random.randrange(16)] = value
+    written = logits.clone()
+    asked = MixRows(torch.arange(3), torch.full((3, 2), 0.5), _head(16, 8, 4))
+    assert not cpu.blend_by_head(written, hidden, asked, Mixed.empty(3, VOCABULARY))
+    assert torch.equal(written, logits)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

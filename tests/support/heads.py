@@ -9,9 +9,13 @@ from steersman.guidance.head_models import HeadModel, HeadPolicy, HeadReward
 from steersman.guidance.heads import FrozenHead, Head, HeadShape
 
 
-def random_checkpoint(rng: random.Random, role: str, vocabulary: int | None = None) -> HeadCheckpoint:
-    """A head of random weights and sizes, with probe texts of different lengths and random hidden states."""
-    shape = HeadShape(rng.randint(5, 20), rng.randint(3, 9), rng.randint(2, 6), vocabulary or rng.randint(30, 60))
+def random_checkpoint(
+    rng: random.Random, role: str, vocabulary: int | None = None, hidden_size: int | None = None
+) -> HeadCheckpoint:
+    """A head of random weights, and of random sizes where none are given, with probe texts of different lengths and
+    random hidden states."""
+    hidden_size = hidden_size or rng.randint(5, 20)
+    shape = HeadShape(hidden_size, rng.randint(3, 9), rng.randint(2, 6), vocabulary or rng.randint(30, 60))
     head = Head(shape).requires_grad_(False)
     head.bias.normal_()
     texts = [[rng.randrange(shape.vocabulary) for _ in range(rng.randint(1, 9))] for _ in range(4)]
@@ -20,10 +24,10 @@ def random_checkpoint(rng: random.Random, role: str, vocabulary: int | None = No
     return HeadCheckpoint(head, role, BaseFacts("llama", shape.hidden_size, 3, shape.vocabulary), probe, facts)
 
 
-def random_head(rng: random.Random, name: str, role: str, vocabulary: int) -> HeadModel:
+def random_head(rng: random.Random, name: str, role: str, vocabulary: int, hidden_size: int | None = None) -> HeadModel:
     """A reward model or policy on hidden states of any base."""
     kind = HeadPolicy if role == POLICY else HeadReward
-    return kind(random_checkpoint(rng, role, vocabulary), name, "cpu")
+    return kind(random_checkpoint(rng, role, vocabulary, hidden_size), name, "cpu")
 
 
 def head_table(head: FrozenHead, hidden: torch.Tensor) -> torch.Tensor:
