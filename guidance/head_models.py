@@ -21,8 +21,8 @@ UNBOUNDED = 2**31 - 1
 """Window of a model that reads what the base has read, however long."""
 
 NOTICEABLE = 0.05
-"""Drift beyond it is logged. Measured with the demo's heads: 0.006 for a copy of the base in bfloat16 or 8 bits,
-0.02 to 0.11 for copies in 4 bits."""
+"""Drift beyond it is logged. Measured with the demo's heads: 0.006 for a copy of the base in bfloat16, up to 0.018
+for one in 8 bits, 0.02 to 0.12 for copies in 4 bits."""
 LARGEST_DRIFT = 0.2
 """Drift beyond it is refused. Measured with the demo's heads: 0.17 for a copy in 3 bits, 0.29 to 0.43 for the base
 fine-tuned by DPO, 0.5 and more for weights that are mostly noise."""
