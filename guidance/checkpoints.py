@@ -108,6 +108,16 @@ def declared_kind(config: Any) -> str | None:
     return (getattr(config, "steersman", None) or {}).get("kind")
 
 
+def declared_quantization(config: Any) -> str | None:
+    """The method by which a checkpoint's weights are quantised, as its configuration declares it; None where they are
+    not."""
+    declared = getattr(config, "quantization_config", None)
+    if declared is None:
+        return None
+    method = declared.get("quant_method") if isinstance(declared, dict) else getattr(declared, "quant_method", None)
+    return "unknown method" if method is None else str(getattr(method, "value", method))
+
+
 def is_causal(config: Any) -> bool:
     """Whether a model of this configuration reads a text from its start, so that what comes later changes nothing."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

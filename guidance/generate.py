@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from steersman.guidance.checkpoints import find_window
+from steersman.guidance.checkpoints import declared_quantization, find_window
 from steersman.guidance.head_models import Drift, HeadModel, ServedBase, require_shape
 from steersman.guidance.plan import Plan, compile_plan
 from steersman.guidance.policies import load_policy
@@ -194,6 +194,7 @@ def prove_on(model: PreTrainedModel, head: HeadModel) -> Drift:
         config = model.config.get_text_config()
         width = model.get_output_embeddings().out_features
         served = ServedBase(config.hidden_size, config.num_hidden_layers, width, find_window(model.config))
+        head.quantization = declared_quantization(model.config)
         require_shape(name_model(head), "this", head.base, served)
         ends: list[torch.Tensor] = []
         layer = model.get_output_embeddings()

@@ -21,8 +21,8 @@ UNBOUNDED = 2**31 - 1
 """Window of a model that reads what the base has read, however long."""
 
 NOTICEABLE = 0.05
-"""Drift beyond it is logged. Measured with the demo's heads: 0.006 for a copy of the base in bfloat16 or 8 bits,
-0.02 to 0.11 for copies in 4 bits."""
+"""Drift beyond it is logged. Measured with the demo's heads: 0.006 for a copy of the base in bfloat16, up to 0.018
+for one in 8 bits, 0.02 to 0.12 for copies in 4 bits."""
 LARGEST_DRIFT = 0.2
 """Drift beyond it is refused. Measured with the demo's heads: 0.17 for a copy in 3 bits, 0.29 to 0.43 for the base
 fine-tuned by DPO, 0.5 and more for weights that are mostly noise."""
@@ -38,6 +38,8 @@ class ServedBase:
     """Width of its logits."""
     window: int
     """Tokens of the longest text that it is served for."""
+    quantization: str | None = None
+    """The method that its weights are quantised by, as "compressed-tensors"; None where they are not."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class HeadModel:
         """served: the base model of a server."""
         self.name = name
         self.window = UNBOUNDED if served is None else served.window
+        self.quantization = None if served is None else served.quantization
+        """Of the base that it is compared with."""
         self.base = checkpoint.base
         self.probe = checkpoint.probe
         self.head = FrozenHead(checkpoint.head, device)
@@ -132,8 +136,7 @@ class HeadModel:
         if not drift.share <= LARGEST_DRIFT:
             raise ModelRefused(
                 f"{name_model(self)}: on this base model its outputs are off by {drift.share:.2g} of their spread, at "
-                f"most {LARGEST_DRIFT:g} is allowed; it is the head of another model, or of other weights: train it on "
-                "this one"
+                f"most {LARGEST_DRIFT:g} is allowed; {_explain_drift(self.quantization)}"
             )
         if drift.share > NOTICEABLE:
             logger.warning(
@@ -143,6 +146,16 @@ class HeadModel:
                 drift.share,
             )
         return drift
+
+
+def _explain_drift(quantization: str | None) -> str:
+    """Why a head is too far off on a base, and the way out. quantization: the base's."""
+    if quantization is None:
+        return "it is the head of another model, or of other weights: train it on this one"
+    return (
+        f"it is the head of another model, or this base's quantisation ({quantization}) is too coarse for it: train it "
+        "on this one, or serve a copy with more bits"
+    )
 
 
 def _spread_over_tokens(outputs: torch.Tensor) -> float:

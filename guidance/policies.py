@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from steersman.guidance.cached import NextTokenModel, make_ready
 from steersman.guidance.checkpoints import (
     ModelRefused,
+    declared_quantization,
     declared_vocabulary,
     find_vocabulary,
     first_line,
@@ -81,7 +82,8 @@ def read_policy_checkpoint(
                 raise ModelRefused(f"policy {name!r}: {path} lacks the weights {', '.join(missing[:3])}")
     except ModelRefused:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    # What a quantised checkpoint needs may not be installed.
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelRefused(f"policy {name!r}: {path} cannot be loaded: {first_line(error)}") from error
     require_vocabulary(f"policy {name!r}", path, find_vocabulary(model), base_tokenizer)
     return model
@@ -115,6 +117,7 @@ def inspect_policy(
     config = _read_config(label, base_path if adapter else path, trust_remote_code)
     if adapter:
         _require_peft(label)
+        _require_full_precision(label, path, base_path, config)
     else:
         _require_language_head(label, path, config)
     if not adapter or (Path(path) / "tokenizer_config.json").is_file():
@@ -157,6 +160,17 @@ def _require_peft(label: str) -> None:
         import peft  # noqa: F401
     except ImportError as error:
         raise ModelRefused(f"{label}: an adapter needs the package peft; install it with pip install peft") from error
+
+
+def _require_full_precision(label: str, path: str, base_path: str, config: Any) -> None:
+    # Beside rounded weights most of what an adapter changes would be lost when it is merged into them.
+    quantization = declared_quantization(config)
+    if quantization is not None:
+        raise ModelRefused(
+            f"{label}: {path} is an adapter, and the base model {base_path} is quantised ({quantization}), into whose "
+            "weights none can be merged: merge it into the base that this one was quantised from, save that, and give "
+            "it as the policy"
+        )
 
 
 def _read_config(label: str, path: str, trust_remote_code: bool) -> Any:

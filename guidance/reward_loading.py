@@ -109,7 +109,8 @@ def read_reward_checkpoint(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    # What a quantised checkpoint needs may not be installed.
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelRefused(f"reward model {name!r}: {path} cannot be loaded: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelRefused(f"reward model {name!r}: {path} lacks the weights {', '.join(missing[:3])}")

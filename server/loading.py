@@ -134,6 +134,7 @@ def describe_base(model_config: Any) -> ServedBase:
         model_config.hf_text_config.num_hidden_layers,
         model_config.get_vocab_size(),
         model_config.max_model_len,
+        model_config.quantization,
     )
 
 

@@ -24,6 +24,7 @@ from steersman.server.presets import check_names, load_presets
 
 _SAFETENSORS = "safetensors"
 """How the base model is loaded unless --load-format asks for more: vLLM's own default reads pickles too."""
+_DIED = "the engine has died; its last words are above"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -218,7 +219,18 @@ def describe_head(model: Mapping[str, Any]) -> str:
 
 
 async def serve(args: argparse.Namespace, presets: dict[str, Guidance], limits: Limits) -> None:
-    """Starts the engine, replaces the routes, and serves until shutdown."""
+    """Starts the engine, replaces the routes, and serves until shutdown. Raises ModelRefused for a model that cannot be
+    served, and RuntimeError where the engine dies."""
+    from steersman.server import vllm
+
+    try:
+        await _serve(args, presets, limits)
+    except vllm.EngineDeadError:
+        # As where it cannot run the base at all: proving a head is the first that is asked of it.
+        raise RuntimeError(_DIED) from None
+
+
+async def _serve(args: argparse.Namespace, presets: dict[str, Guidance], limits: Limits) -> None:
     from steersman.server import vllm
     from steersman.server.admin import attach_admin_routes
     from steersman.server.app import attach_routes, tidy_routes
@@ -256,7 +268,7 @@ async def serve(args: argparse.Namespace, presets: dict[str, Guidance], limits: 
             leave_out((args.disable_access_log_for_endpoints or "").split(","))
             shutdown = await vllm.serve_app(app, sock, args)
             if engine.errored and not guided.stopping:
-                raise RuntimeError("the engine has died; its last words are above")
+                raise RuntimeError(_DIED)
         await shutdown
     finally:
         sock.close()

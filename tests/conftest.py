@@ -64,7 +64,7 @@ class ByServer(LoadScopeScheduling):
             if path.startswith(f"tests/server/{folder}"):
                 return f"server_{folder}"
         shared = path.startswith(("tests/server", "tests/clients")) and not path.endswith(
-            ("test_start.py", "test_demo.py")
+            ("test_start.py", "test_demo.py", "test_quantised_base.py")
         )
         return "server" if shared else path
 

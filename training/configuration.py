@@ -135,7 +135,8 @@ def load(path: str, auto_model: Any, **options: Any) -> tuple[PreTrainedModel, P
     tokenizer = load_tokenizer(path)
     try:
         model = auto_model.from_pretrained(path, **{"dtype": "float32", **options})
-    except (OSError, ValueError) as error:
+    # What a quantised checkpoint needs may not be installed.
+    except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"{path} can't be loaded: {str(error).splitlines()[0]}") from None
     return model, tokenizer
 

@@ -24,6 +24,7 @@ from steersman.guidance.head_models import (
 )
 from tests.support.heads import random_checkpoint, random_head
 from tests.support.oracle import plan_of
+from tests.support.quantised import save_int8
 from tests.support.tiny import VOCABULARY
 
 MODELS = Path(__file__).parents[2] / "training" / "world" / "models"
@@ -144,6 +145,31 @@ def test_a_base_of_other_weights_is_refused_with_the_drift_and_the_way_out(
     assert "at most 0.2 is allowed" in message
     assert message.endswith("train it on this one")
     assert "\n" not in message
+
+
+def test_too_coarse_a_quantisation_is_named_with_the_way_out(models: Path) -> None:
+    served = replace(SERVED, quantization="awq")
+    head = HeadReward(read_head("reward model 'atop'", models / "atop", REWARD), "atop", "cpu", served)
+    head.prove(head.probe.hidden)
+    with pytest.raises(ModelRefused) as refused:
+        head.prove(head.probe.hidden.flip(0))
+    message = str(refused.value)
+    assert message.startswith("reward model 'atop': on this base model its outputs are off by ")
+    assert "at most 0.2 is allowed" in message
+    assert "quantisation (awq)" in message
+    assert message.endswith("train it on this one, or serve a copy with more bits")
+
+
+def test_a_quantised_transformers_model_is_compared_as_it_computes(
+    models: Path, tmp_path: Path, atop: HeadReward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_int8(tmp_path / "base", models / "base")
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    assert 1e-4 < prove_on(base, atop).share < NOTICEABLE
+    _shuffle_tokens(base)
+    atop.proven_on = lambda: None
+    with pytest.raises(ModelRefused, match=r"quantisation \(compressed-tensors\) is too coarse"):
+        prove_on(base, atop)
 
 
 def test_another_base_of_the_same_shape_is_refused(models: Path, atop: HeadReward) -> None:

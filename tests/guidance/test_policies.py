@@ -21,6 +21,7 @@ from steersman.guidance.policies import Policy, inspect_policy, is_adapter, load
 from steersman.guidance.readings import Readings
 from steersman.guidance.rows import GuidedRequest, Row
 from tests.support.oracle import plan_of
+from tests.support.quantised import declare_gptq, save_int8
 from tests.support.random_input import random_prompts
 from tests.support.tiny import COMMON, VOCABULARY, build_tokenizer, randomise, save_adapter, save_base
 
@@ -177,6 +178,23 @@ def test_an_adapter_without_peft_is_refused_with_what_to_install(models: Path, m
     with pytest.raises(ModelRefused, match=r"policy 'p': an adapter needs the package peft; .* pip install peft"):
         inspect_policy("p", str(models / "adapter"), str(models / "base"), tokenizer, False)
     inspect_policy("p", str(models / "expert"), str(models / "base"), tokenizer, False)
+
+
+def test_an_adapter_over_a_quantised_base_is_refused_before_it_is_loaded(models: Path, tmp_path: Path) -> None:
+    """Merged into rounded weights it would not be the policy that it is over the base."""
+    tokenizer, base = AutoTokenizer.from_pretrained(models / "base"), save_int8(tmp_path / "base", models / "base")
+    with pytest.raises(ModelRefused, match=r"policy 'p': .*adapter, .* is quantised \(compressed-tensors\).*merge it"):
+        inspect_policy("p", str(models / "adapter"), str(base), tokenizer, False)
+
+
+def test_what_a_quantised_policy_needs_is_named_where_it_is_not_installed(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.quantizers.quantizer_gptq.is_optimum_available", lambda: False)
+    folder = copy_of(models / "expert", tmp_path / "expert")
+    declare_gptq(folder)
+    with pytest.raises(ModelRefused, match=r"policy 'p': .* cannot be loaded: .*GPTQ.*requires"):
+        load_policy("p", str(folder), str(models / "base"), AutoTokenizer.from_pretrained(models / "base"))
 
 
 def test_a_tokenizer_that_an_adapter_brings_along_must_be_the_bases(models: Path, tmp_path: Path) -> None:

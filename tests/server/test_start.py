@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from steersman.guidance.head_files import REWARD, save_head
 from tests.conftest import ONE_PROCESS
 from tests.support.heads import random_checkpoint
+from tests.support.quantised import save_int8
 from tests.support.server import test_environment
 from tests.support.tiny import VOCABULARY, build_tokenizer, save_base, save_reward
 
@@ -120,6 +121,13 @@ BEFORE_START |= {
     "a head of fewer tokens": _reward("helpful={}/atop-few", words=("'helpful'", "319 token ids", "needs 320")),
 }
 
+BEFORE_START |= {
+    "an adapter over a quantised base": Refused(
+        ("{}/base-int8", "--policy", "expert={}/adapter"),
+        ("policy 'expert'", "quantised (compressed-tensors)", "merge it"),
+    ),
+}
+
 PRESETS = {
     "list.yaml": "- {method: pargs, reward_model: first}",
     "name.yaml": "'a:b': {method: pargs, reward_model: first}",
@@ -142,6 +150,7 @@ def checkpoints(models: Path) -> Path:
     save_reward(models / "neo", seed=7, kind="GPTNeo", num_layers=2, num_heads=2, **kinds)
     build_tokenizer(vocabulary=300).save_pretrained(save_base(models / "stranger", seed=10))
     (models / "atop-few").mkdir()
+    save_int8(models / "base-int8", models / "base")
     save_head(models / "atop-few", random_checkpoint(random.Random(22), REWARD, VOCABULARY - 1))
     for source in ("base", "first", "expert", "adapter", "atop"):
         _copy(models, source, "cut", lambda whole: whole[: len(whole) * 2 // 3])
@@ -172,6 +181,20 @@ def test_refusals_before_the_engine_starts(
     refused = BEFORE_START[name]
     assert serve.main(_arguments(refused, checkpoints)) == 2
     _check_line(capsys.readouterr().err, refused.words)
+
+
+def test_an_engine_that_dies_while_the_server_starts_is_told_in_one_line(
+    checkpoints: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where vLLM has no kernel for the base's precision: proving a head is the first that is asked of the engine."""
+    from steersman.server import serve, vllm
+
+    async def dies(*_: object) -> None:
+        raise vllm.EngineDeadError
+
+    monkeypatch.setattr(serve, "_serve", dies)
+    assert serve.main([str(checkpoints / "base")]) == 1
+    _check_line(capsys.readouterr().err, ("the server stopped", "the engine has died", "above"))
 
 
 def test_a_refusal_by_the_command(checkpoints: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from steersman.guidance.checkpoints import ModelRefused, find_language_head, is_causal
+from steersman.guidance.checkpoints import ModelRefused, declared_quantization, find_language_head, is_causal
 from steersman.guidance.head_files import BaseFacts, base_facts
 from steersman.training.configuration import ConfigError, load
 
@@ -29,10 +29,18 @@ class FrozenBase:
             raise ConfigError(f"model: {path} is no causal language model: a head belongs to one that is steered")
         self.path = path
         self.model: PreTrainedModel = model.eval().requires_grad_(False).to(device)
+        if declared_quantization(model.config) is not None:
+            self._expand_weights()
         try:
             self._head = find_language_head(self.model)
         except ModelRefused as error:
             raise ConfigError(f"model: {path}: {error}") from None
+
+    @torch.inference_mode()
+    def _expand_weights(self) -> None:
+        # Quantised weights are expanded in the first forward of the whole model, not in one of its body.
+        model: Any = self.model
+        model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=self.model.device), use_cache=False)
 
     @property
     def facts(self) -> BaseFacts:

@@ -14,6 +14,7 @@ from steersman.training.heads.examples import read_response
 from steersman.training.heads.features import Features, Reading, compute_features, feature_folder
 from steersman.training.heads.frozen_base import FrozenBase
 from tests.support import tiny
+from tests.support.quantised import Int8Reference, declare_gptq, save_int8
 from tests.support.random_input import random_prompts
 
 CPU = torch.device("cpu")
@@ -33,6 +34,28 @@ def random_readings(rng: random.Random, count: int = 12) -> list[Reading]:
 
 def compute(base: FrozenBase, readings: list[Reading], folder: Path, tokens: int = 200) -> Features:
     return compute_features(base, readings, folder, tokens=tokens, what="rows")
+
+
+def test_states_of_a_quantised_base_are_those_that_it_computes(tmp_path: Path, rng: random.Random) -> None:
+    """As vLLM computes them: activations are rounded too."""
+    path = tiny.save_base(tmp_path / "base", rng.randrange(1000))
+    reference, base = Int8Reference(path), FrozenBase(str(save_int8(tmp_path / "quantised", path)), CPU)
+    texts = [reference.draw_text(rng, length) for length in (3, 5, 7)]
+    for text in texts:
+        (states,) = base.hidden([text])
+        torch.testing.assert_close(states[-1].double(), reference.hidden(text), rtol=1e-4, atol=1e-4)
+    base.check_output_layer(texts)
+    assert base.fingerprint() != FrozenBase(str(path), CPU).fingerprint()
+
+
+def test_what_a_quantised_base_needs_is_named_where_it_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.quantizers.quantizer_gptq.is_optimum_available", lambda: False)
+    path = tiny.save_base(tmp_path / "base")
+    declare_gptq(path)
+    with pytest.raises(ConfigError, match=r"base can't be loaded: .*GPTQ.*requires"):
+        FrozenBase(str(path), CPU)
 
 
 @pytest.mark.parametrize(
