@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from rich.console import Console
 from rich.progress import Progress
 
+from steersman.benchmarks import heads
 from steersman.benchmarks.answers import Answer, Answers
 from steersman.benchmarks.head_kinds import HEAD, MODEL, OTHERS, PARTS, POLICY, POLICY_HEAD, RIVALS, SEEDS, Kind
 from steersman.benchmarks.head_tables import Best, Found, find
@@ -109,6 +111,13 @@ class _Curved:
         return [[Answer("text", 9, True, -abs(strength - peak), None, 1.0, 0, 0)] for _ in prompts]
 
 
+class _Plain(_Curved):
+    """Stands for the base alone."""
+
+    def answer(self, setting: Setting, prompts: Sequence[Prompt], seed: int) -> Answers:
+        return [[Answer("text", 9, True, -9.0, None, 0.0, 0, 0)] for _ in prompts]
+
+
 def test_strengths_are_tuned_on_other_prompts_and_nothing_is_decoded_twice(rng: random.Random, tmp_path: Path) -> None:
     kind = replace(rng.choice(KINDS), seeds=(0,))
     best = Best(*(rng.choice(kind.curve.values) for _ in range(2)))
@@ -123,6 +132,25 @@ def test_strengths_are_tuned_on_other_prompts_and_nothing_is_decoded_twice(rng: 
     assert guided.asked[-1] == (settings[0].name, PROMPTS)
     again = Decoder(study, kind, 0, load=lambda *_: pytest.fail("a model is loaded again"))
     assert (again.tune(), again.answer("reporting", settings[0])) == (best, reported)
+
+
+def test_each_seeds_model_is_decoded_at_its_own_best_strengths(
+    rng: random.Random, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = rng.choice([kind for kind in KINDS if kind not in OTHERS and kind.seeds == SEEDS])
+    best = {seed: Best(*(rng.choice(kind.curve.values) for _ in range(2))) for seed in SEEDS}
+    models = {kind.path(tmp_path, seed): _Curved(kind, best[seed]) for seed in SEEDS}
+
+    def load(rewards: dict[str, Path], policies: dict[str, Path]) -> _Curved:
+        return models[(rewards | policies)[MODEL]] if rewards | policies else _Plain(kind, best[0])
+
+    monkeypatch.setattr(heads, "Decoder", partial(Decoder, load=load))
+    found = Study(tmp_path, PROMPTS, (kind,), Progress(console=Console(quiet=True))).decode()
+    assert found.best == {kind.name: tuple(best.values())}
+    for name in (kind.tuned, f"{kind.tuned}, greedy"):
+        assert [answers[0][0].gold for answers in found.sweep[name]] == [0.0] * 3, "nothing is better"
+    assert set(kind.curve.names) <= found.sweep.keys()
+    assert all(len(answers) == 3 for answers in found.sweep.values())
 
 
 def _numbers(cells: Sequence[str]) -> list[float]:
