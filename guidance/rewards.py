@@ -114,7 +114,8 @@ class _CachedReward(CachedModel):
         """Leaves a prompt in the cache for those that begin with it; the tokens read."""
         key = object()
         read = self.model.prefill([(key, prompt)])[key]
-        self.release(key, prompt)
+        # What was read is not checked yet, as outputs are: blocks of numbers that are not finite are not left behind.
+        self.release(key, failed=True)
         return read if isinstance(read, int) else 0
 
 

@@ -137,10 +137,15 @@ def test_a_model_whose_cached_steps_are_off_where_it_is_read_does_not_pass(
         model.check()
 
 
-def test_rewards_that_are_not_numbers_leave_none_in_the_cache(models: Path, rng: random.Random) -> None:
-    model, prompt = load(models, "broken"), [rng.randrange(2, POISON) for _ in range(20)]
-    ends, _ = model.score_answers(prompt, [[5, POISON, 7]])
-    assert torch.tensor(ends).isnan().all()
+@pytest.mark.parametrize("answers", [[[5, 7]], [[5, 7], [8]], [[5, 7], [8], [9, 6, 7]]], ids=len)
+@pytest.mark.parametrize("poisoned", ["the prompt", "an answer"])
+def test_rewards_that_are_not_numbers_leave_none_in_the_cache(
+    models: Path, rng: random.Random, answers: list[list[int]], poisoned: str
+) -> None:
+    model, prompt = load(models, "broken"), [rng.randrange(2, POISON) for _ in range(rng.randint(1, 80))]
+    texts = [[*prompt, POISON], answers] if poisoned == "the prompt" else [prompt, [[5, POISON, 7], *answers[1:]]]
+    ends, _ = model.score_answers(*texts)
+    assert torch.tensor(ends)[: None if poisoned == "the prompt" else 1].isnan().all()
     assert all(bool(layer.isfinite().all()) for layer in (*model.cache.keys, *model.cache.values))
     healthy, _ = model.score_answers(prompt, [[5, 6, 7], [8, 9]])
     expected = causal_rewards(models / "broken")
