@@ -7,11 +7,11 @@ import torch
 
 from steersman.guidance.asking import Auxiliaries, Scoring
 from steersman.guidance.kl_budget import fit_budgets
+from steersman.guidance.persistent_batch import STEPS, CandidateSteps
 from steersman.guidance.plan import Formula
 from steersman.guidance.readings import Readings
 from steersman.guidance.report import CandidateStep, HeadStep
 from steersman.guidance.rows import LastTokens, Steered
-from steersman.guidance.standing import STEPS, CandidateSteps
 from steersman.guidance.transfer import to_device
 from steersman.guidance.transforms import Combination, build_combination, explain_broken
 from steersman.guidance.vocabulary import blend_readings

@@ -147,7 +147,7 @@ def begin_positions(rows: Sequence[Row], last: LastTokens) -> None:
 
     A position that is scored again replaces what was recorded.
     """
-    catch_up(rows, last)
+    align_records(rows, last)
     for row in rows:
         request = row.request
         row.record = Position()
@@ -156,7 +156,7 @@ def begin_positions(rows: Sequence[Row], last: LastTokens) -> None:
             request.spent.append(0.0)
 
 
-def catch_up(rows: Sequence[Row], last: LastTokens) -> None:
+def align_records(rows: Sequence[Row], last: LastTokens) -> None:
     """Makes the record of every request end in front of this step, and completes its last position by the token in
     `last`."""
     waiting = []

@@ -23,6 +23,7 @@ from steersman.guidance.candidates import CandidateSteering
 from steersman.guidance.gates import can_defer, closed_by_kl, may_open, open_by_entropy
 from steersman.guidance.hidden_states import HiddenStateStore
 from steersman.guidance.overlap import SameStream, SideStream
+from steersman.guidance.persistent_batch import PersistentBatch, Steps
 from steersman.guidance.plan import Plan
 from steersman.guidance.readings import Readings
 from steersman.guidance.report import Report, summarise
@@ -36,7 +37,6 @@ from steersman.guidance.rows import (
     choose_known_tokens,
     place_draft,
 )
-from steersman.guidance.standing import StandingRows, Steps
 from steersman.guidance.text_form import Source
 from steersman.guidance.transfer import HostCopy, LateReads, copy_to_host, take_rows, to_device
 from steersman.guidance.vocabulary import VocabularySteering
@@ -119,7 +119,7 @@ class GuidanceRuntime:
         self._batch: _Batch | None = None
         self._last_batch: _Batch | None = None
         """That of the last step, as it was behind it."""
-        self._standing: StandingRows | None = None
+        self._persistent: PersistentBatch | None = None
         """The rows of `_batch`, where heads alone guide them."""
         self.hidden_states = HiddenStateStore()
         """The base's, of texts that heads score or are proven with."""
@@ -150,7 +150,7 @@ class GuidanceRuntime:
         """Takes out a model that no live request uses; the caller holds the last of it. A request that named it, and
         is still known for a moment, is guided no more."""
         self.settle(wait=True)
-        self._hand_over()
+        self._flush_records()
         for request in self._requests.values():
             if request.error is None and name in request.plan.models:
                 request.error, request.fault = f"{name!r} was unloaded", "raised"
@@ -171,14 +171,14 @@ class GuidanceRuntime:
         """Frees the request's cache, keeping its record: it has left the batch, for good or for a while. With `tokens`
         later requests that begin alike may reuse it."""
         self.settle()
-        self._hand_over()
+        self._flush_records()
         self.models.release(key, tokens)
 
     def finish(self, key: Hashable, response: Sequence[int]) -> Report | None:
         """Frees everything the request holds and reports on the `response` tokens; None if the key is unknown."""
         with self.turn():
             self.settle(wait=True)
-            self._hand_over()
+            self._flush_records()
             self.models.release(key)
             request = self._requests.pop(key, None)
             if request is None:
@@ -284,7 +284,7 @@ class GuidanceRuntime:
                 last = _last_tokens(logits, batch.live, fed)
                 alone = biased is None and positions is None
                 if not (alone and self._guide_by_heads(logits, batch, hidden, last)):
-                    self._hand_over()
+                    self._flush_records()
                     if positions is None:
                         with self.work.timing("writing_seconds"):
                             begin_positions(batch.live, last)
@@ -300,35 +300,35 @@ class GuidanceRuntime:
     def _find_batch(self, rows: Sequence[Row]) -> "_Batch":
         """The same as in the last step where nothing has come, gone, failed or finished since."""
         if self._batch is None or self._batch.rows is not rows or self._batch.changes != self.models.changes:
-            self._hand_over()
+            self._flush_records()
             self._batch = _Batch.of(rows, self.models.changes)
         return self._batch
 
     def _guide_by_heads(
         self, logits: torch.Tensor, batch: "_Batch", hidden: torch.Tensor | None, last: LastTokens
     ) -> bool:
-        """Guides a batch that is the last step's, where heads alone do on a CPU; returns whether it did."""
+        """Guides a batch that was the last step's too, where heads alone guide it on a CPU; returns whether it did."""
         if batch is not self._last_batch or batch.steered is None or hidden is None or not can_blend_on_cpu(logits):
             return False
-        if self._standing is None or not self._standing.follow():
-            self._hand_over()
-            self._standing = self._find_standing(logits, batch.steered, last)
-        return self._standing is not None and self._standing.step(logits, hidden, last, self.work)
+        if self._persistent is None or not self._persistent.has_advanced():
+            self._flush_records()
+            self._persistent = self._make_persistent(logits, batch.steered, last)
+        return self._persistent is not None and self._persistent.step(logits, hidden, last, self.work)
 
-    def _find_standing(self, logits: torch.Tensor, steered: _Split, last: LastTokens) -> StandingRows | None:
+    def _make_persistent(self, logits: torch.Tensor, steered: _Split, last: LastTokens) -> PersistentBatch | None:
         by_candidates, over_vocabulary = steered.by_candidates, steered.over_vocabulary
         steps: Steps | None = None
         if not over_vocabulary:
             steps = self._candidates.find_steps(logits, by_candidates)
         elif not by_candidates:
             steps = self._vocabulary.find_steps(logits, over_vocabulary, self.models.heads)
-        return None if steps is None else StandingRows(by_candidates or over_vocabulary, steps, last)
+        return None if steps is None else PersistentBatch(by_candidates or over_vocabulary, steps, last)
 
-    def _hand_over(self) -> None:
-        """Before anything but a step like the last one looks at the requests' records."""
-        if self._standing is not None:
-            self._standing.hand_over()
-            self._standing = None
+    def _flush_records(self) -> None:
+        """Completes the requests' positions: before anything but a step like the last one needs them."""
+        if self._persistent is not None:
+            self._persistent.flush_records()
+            self._persistent = None
 
     def _guide(
         self,

@@ -9,11 +9,11 @@ import torch
 from steersman.guidance.gates import choose_seed
 from steersman.guidance.head_models import HeadModel
 from steersman.guidance.kl_budget import fit_budgets
+from steersman.guidance.persistent_batch import MixtureSteps
 from steersman.guidance.plan import Formula
 from steersman.guidance.readings import Readings
 from steersman.guidance.report import VocabularyStep
 from steersman.guidance.rows import Row, Steered
-from steersman.guidance.standing import MixtureSteps
 from steersman.guidance.transfer import take_rows, to_device
 from steersman.guidance.transforms import build_combination, explain_broken
 from steersman.guidance.work import Failure

@@ -1,8 +1,8 @@
-"""Steps of rows that heads alone guide on a CPU, while the rows stay the same: one call of a kernel each.
+"""Steps of a batch whose rows stay the same and are guided by heads alone, on a CPU: one call of a kernel each.
 
-Such a step is so short that a record of each row would cost as much as the guidance itself. What a step does is
-written once for all rows, where it lies beside the steps before it; requests get their positions when something else
-happens: a row comes or goes, an answer is reported on, or a client's masks make another step of it.
+Such a step is so short that a record for each row would cost as much as the guidance itself. What a step does is
+recorded once for all rows, beside the steps before it; requests get their positions when anything else happens: a row
+comes or goes, an answer is reported on, or a client masks tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from steersman.guidance.report import ChosenStep, HeadStep, Position, VocabularyStep
-from steersman.guidance.rows import LastTokens, Row, Steered, catch_up
+from steersman.guidance.rows import LastTokens, Row, Steered, align_records
 from steersman.guidance.work import Work
 from steersman.kernels.arguments import HeadRows, Mixed, MixRows, Reranked
 from steersman.kernels.dispatch import blend_by_head, choose_mixed, rerank_by_heads
@@ -24,7 +24,7 @@ _Step = HeadStep | ChosenStep | VocabularyStep
 
 
 class Steps(Protocol):
-    """What guides the rows, and a record of it."""
+    """Guides the rows of one batch by heads, step after step, and records what the steps do."""
 
     stage: str
     """What its time is counted as, see Work."""
@@ -35,23 +35,23 @@ class Steps(Protocol):
         ...
 
     def take(self) -> list[_Step]:
-        """The steps since the last call, in their order: line n of each is row n."""
+        """Returns the steps since the last call, in their order; line n of each is row n of the batch."""
         ...
 
 
-class StandingRows:
-    """The rows of a batch of which each is guided in every step, by the same heads."""
+class PersistentBatch:
+    """A batch of rows that the same heads guide in every step."""
 
     def __init__(self, steered: Sequence[Steered], steps: Steps, last: LastTokens) -> None:
         """last: the tokens that the first step follows."""
         self._steered = steered
         self._rows: list[Row] = [s.row for s in steered]
         self._steps = steps
-        catch_up(self._rows, last)
+        align_records(self._rows, last)
         self._lengths = self._count_tokens()
 
-    def follow(self) -> bool:
-        """Whether every row is where this step expects it: one token behind the step before, or where it began."""
+    def has_advanced(self) -> bool:
+        """Whether each row has one token more than in the step before, or as many as it began with."""
         return self._count_tokens() == self._lengths
 
     def step(self, logits: torch.Tensor, hidden: torch.Tensor, last: LastTokens, work: Work) -> bool:
@@ -64,8 +64,8 @@ class StandingRows:
         work.rows += len(self._rows)
         return True
 
-    def hand_over(self) -> None:
-        """Gives the requests their positions so far."""
+    def flush_records(self) -> None:
+        """Appends the positions of all steps since the last call to the requests."""
         steps = self._steps.take()
         for line, s in enumerate(self._steered):
             s.row.request.positions += [Position(step, line, s.formula) for step in steps]

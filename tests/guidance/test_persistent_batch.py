@@ -12,9 +12,9 @@ import torch
 from steersman.guidance import runtime as runtimes
 from steersman.guidance.head_files import POLICY, REWARD
 from steersman.guidance.head_models import HeadModel
+from steersman.guidance.persistent_batch import STEPS, PersistentBatch
 from steersman.guidance.rows import Row
 from steersman.guidance.runtime import GuidanceRuntime
-from steersman.guidance.standing import STEPS, StandingRows
 from tests.support.heads import random_head
 from tests.support.scripted import begin_rows, scripted_runtime
 
@@ -106,32 +106,32 @@ def without(rows: list[Row], left: list[Row]) -> list[Row]:
 
 
 @pytest.fixture
-def stood(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Grows by an entry with each step of rows that stand."""
+def persisted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Grows by an entry with each step of a persistent batch."""
     steps: list[bool] = []
 
-    class Counted(StandingRows):
+    class Counted(PersistentBatch):
         def step(self, *args: Any) -> bool:
             steps.append(super().step(*args))
             return steps[-1]
 
-    monkeypatch.setattr(runtimes, "StandingRows", Counted)
+    monkeypatch.setattr(runtimes, "PersistentBatch", Counted)
     return steps
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_many_steps_are_those_of_new_rows(rng: random.Random, stood: list[bool], name: str) -> None:
+def test_many_steps_are_those_of_new_rows(rng: random.Random, persisted: list[bool], name: str) -> None:
     twins = Twins(rng, KINDS[name])
     for _ in range(2 * STEPS + 7):
         twins.step()
-    assert stood == [True] * (2 * STEPS + 6), "all but the first"
+    assert persisted == [True] * (2 * STEPS + 6), "all but the first"
     twins.finish(0)
     twins.finish(1, tokens=rng.randint(0, STEPS))
     twins.finish(2, tokens=rng.randint(STEPS, 2 * STEPS))
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_rows_come_go_and_change_places(rng: random.Random, stood: list[bool], name: str) -> None:
+def test_rows_come_go_and_change_places(rng: random.Random, persisted: list[bool], name: str) -> None:
     twins = Twins(rng, KINDS[name] * 2)
     for _ in range(12):
         for _ in range(rng.randint(1, 4)):
@@ -152,23 +152,25 @@ def test_rows_come_go_and_change_places(rng: random.Random, stood: list[bool], n
             for rows, row in zip(twins.rows, left, strict=True):
                 rows.append(row)
         twins.change_rows(lambda rows, order=order: [rows[n] for n in order])  # type: ignore[misc]
-    assert any(stood)
+    assert any(persisted)
     for n in range(len(twins.rows[0])):
         twins.finish(n)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_clients_masks_and_positions_that_are_scored_again(rng: random.Random, stood: list[bool], name: str) -> None:
+def test_a_clients_masks_and_positions_that_are_scored_again(
+    rng: random.Random, persisted: list[bool], name: str
+) -> None:
     twins = Twins(rng, KINDS[name])
     for _ in range(30):
         twins.step(masked=rng.random() < 0.2, advance=rng.random() < 0.8)
-    assert any(stood)
+    assert any(persisted)
     for n in range(3):
         twins.finish(n)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_row_that_cannot_be_guided_ends_alone(rng: random.Random, stood: list[bool], name: str) -> None:
+def test_a_row_that_cannot_be_guided_ends_alone(rng: random.Random, persisted: list[bool], name: str) -> None:
     twins = Twins(rng, KINDS[name])
     for _ in range(3):
         twins.step()
@@ -182,15 +184,17 @@ def test_a_row_that_cannot_be_guided_ends_alone(rng: random.Random, stood: list[
         assert [row.request.error is not None for row in rows] == [n == spoiled for n in range(3)]
     for n in range(3):
         twins.finish(n)
-    assert any(stood)
+    assert any(persisted)
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_rows_that_something_else_decides_do_not_stand(rng: random.Random, stood: list[bool], name: str) -> None:
+def test_rows_that_something_else_decides_take_the_ordinary_way(
+    rng: random.Random, persisted: list[bool], name: str
+) -> None:
     twins = Twins(rng, OTHERS[name])
     for _ in range(6):
         twins.step()
-    assert not stood
+    assert not persisted
     for n in range(len(twins.rows[0])):
         twins.finish(n)
 
