@@ -1,13 +1,13 @@
 """What `benchmarks.kernels` compares: each kernel's shapes, random inputs, bytes that must move, rivals and truth."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from steersman.benchmarks import rivals
-from steersman.kernels.arguments import BlendRows, RewardTerms
+from steersman.kernels.arguments import BlendRows, HeadRows, HeadWeights, RewardTerms
 
 OURS, EAGER, COMPILED = "steersman", "torch", "torch.compile"
 ROWS_AND_VOCABULARY = ((1, 128_256), (8, 128_256), (64, 128_256), (256, 32_000))
@@ -47,6 +47,8 @@ def all_contests(
                 yield _topk(device, rows, vocabulary, k, dtype)
         yield _rerank(device, rows, vocabulary)
         yield _gather(device, rows, vocabulary)
+        for heads in (1, 4):
+            yield _head_rerank(device, rows, vocabulary, heads)
         for samples in (0, 1000):
             yield _blend(device, rows, vocabulary, samples)
         for gated in (False, True):
@@ -124,6 +126,44 @@ def _gather(device: torch.device, rows: int, vocabulary: int, k: int = 10, rank:
             COMPILED: _compiled(rivals.gather),
         },
         lambda features, weight, tokens: rivals.gather(features.double(), weight.double(), tokens),
+    )
+
+
+def _head_rerank(device: torch.device, rows: int, vocabulary: int, heads: int, k: int = 10, rank: int = 128) -> Contest:
+    from steersman.kernels.head_rerank import head_rerank, make_workspace, tabulate_heads
+
+    workspace, none = make_workspace(rows, vocabulary, device), torch.empty(0, device=device)
+    sizes = ((vocabulary, rank), (vocabulary,))
+    weights = [
+        HeadWeights(none, none, none, none, *(torch.randn(*size, device=device) / rank**0.5 for size in sizes))
+        for _ in range(heads)
+    ]
+    table, index = torch.tensor(tabulate_heads(weights), device=device), torch.arange(rows, device=device)
+
+    def make_inputs() -> Inputs:
+        strength, scale, shift = torch.rand(3, rows, heads, device=device)
+        terms = RewardTerms(strength, scale, shift, torch.zeros(rows, heads, device=device, dtype=torch.int32))
+        logits, features = torch.randn(rows, vocabulary, device=device), torch.randn(rows, heads * rank, device=device)
+        return 3 * logits, features, HeadRows(index, k, None, weights, terms, table)
+
+    def ours(logits: torch.Tensor, features: torch.Tensor, asked: HeadRows) -> Tensors:
+        done = head_rerank(logits, features, asked, workspace)
+        return done.scores, logits, done.logprobs, done.rewards
+
+    def truth(logits: torch.Tensor, features: torch.Tensor, asked: HeadRows) -> Tensors:
+        exact = [replace(head, tokens=head.tokens.double(), bias=head.bias.double()) for head in asked.heads]
+        return rivals.head_rerank(logits.double(), features.double(), replace(asked, heads=exact))
+
+    # The logits read once and written once, and the candidates' rows of every U.
+    least = 8 * rows * vocabulary + 4 * rows * heads * (k * (rank + 1) + rank)
+    return Contest(
+        f"head_rerank, k = {k}, {heads} of R = {rank}",
+        f"({rows}, {vocabulary})",
+        rows,
+        least,
+        make_inputs,
+        {OURS: ours, EAGER: rivals.head_rerank, COMPILED: _compiled(rivals.head_rerank)},
+        truth,
     )
 
 

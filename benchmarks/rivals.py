@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from steersman.kernels.arguments import BlendRows, RewardTerms
+from steersman.kernels.arguments import BlendRows, HeadRows, RewardTerms
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -62,6 +62,21 @@ def gather(features: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor) -
     """As `kernels.gather.gather_outputs` without a bias: outputs [B, k]."""
     rows = F.embedding(tokens.long(), weight).to(features.dtype)
     return (torch.bmm(rows, features.unsqueeze(-1)).squeeze(-1),)
+
+
+def head_rerank(logits: torch.Tensor, features: torch.Tensor, asked: HeadRows) -> Tensors:
+    """As `kernels.head_rerank.head_rerank` over all rows in order, each with k candidates, which all heads have: scores
+    [B, k], `logits`, written, the candidates' log-probabilities [B, k] and rewards [B, M, k]."""
+    ids, logprobs, _ = topk(logits, asked.k)
+    values = logits.gather(1, ids.long())
+    parts = features.split([head.tokens.shape[1] for head in asked.heads], dim=1)
+    outputs = [
+        gather(part, head.tokens, ids)[0] + F.embedding(ids.long(), head.bias.unsqueeze(-1)).squeeze(-1)
+        for part, head in zip(parts, asked.heads, strict=True)
+    ]
+    rewards = torch.stack(outputs, dim=1)
+    scores, written = rerank(logits, asked.rows, ids, values, asked.terms, rewards)
+    return scores, written, logprobs, rewards
 
 
 def blend(base: torch.Tensor, policy: torch.Tensor, asked: BlendRows, samples: int) -> Tensors:

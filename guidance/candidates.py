@@ -17,7 +17,15 @@ from steersman.guidance.transforms import Combination, build_combination, explai
 from steersman.guidance.vocabulary import blend_readings
 from steersman.guidance.work import Failure, Work
 from steersman.kernels.arguments import HeadRows, Reranked
-from steersman.kernels.dispatch import can_rerank_by_heads, rerank_by_heads, select_candidates, write_reranked
+from steersman.kernels.dispatch import (
+    can_rerank_by_heads,
+    has_kernels,
+    launch_heads,
+    rerank_by_heads,
+    select_candidates,
+    tabulate_heads,
+    write_reranked,
+)
 from steersman.kernels.reference import add_rewards, write_candidates
 
 
@@ -72,7 +80,10 @@ class CandidateSteering:
         candidates are chosen by, as in GuidanceRuntime.step."""
         layout = self._find_layout(logits, steered)
         if layout.heads is not None and biased is None and readings.hidden is not None and can_rerank_by_heads(logits):
-            self._steer_by_heads(logits, steered, layout.heads, readings.hidden)
+            if layout.heads.table is None:
+                self._steer_by_heads(logits, steered, layout.heads, readings.hidden)
+            else:
+                self._launch_heads(logits, steered, layout, layout.heads, readings.hidden)
             return
         with self._work.timing("candidates_seconds"):
             ids, values, base_logprobs = _select(logits, layout, biased)
@@ -105,6 +116,7 @@ class CandidateSteering:
         asked: HeadRows,
         hidden: torch.Tensor,
     ) -> None:
+        """As the rest, on a CPU, where what became of many steps lies together."""
         with self._work.timing("rewards_seconds"):
             if self._done is None or self._done[0] is not asked or self._place == self._done[1].steps:
                 self._done, self._place = (asked, Reranked(STEPS, asked)), 0
@@ -118,6 +130,27 @@ class CandidateSteering:
     def _fail_broken(self, steered: Sequence[Steered], step: HeadStep) -> None:
         values = torch.from_numpy(step.done.values[step.place])
         self._fail_where(steered, step.scores[:, 0].isnan(), values, step.rewards)
+
+    def _launch_heads(
+        self,
+        logits: torch.Tensor,
+        steered: list[Steered],
+        layout: _Layout,
+        asked: HeadRows,
+        hidden: torch.Tensor,
+    ) -> None:
+        """As the rest, on a device with kernels, whose values the host reads when a report or a failure needs them."""
+        with self._work.timing("rewards_seconds"):
+            done = launch_heads(logits, hidden if layout.whole else hidden[layout.rows], asked)
+        self._record(steered, CandidateStep(done.ids, done.logprobs, done.scores, done.rewards))
+
+        def explain(line: int) -> Failure:
+            values, logprobs = done.values[line], done.logprobs[line]
+            if layout.narrower and bool(values.isneginf().all()) and not bool(logprobs.isneginf().all()):
+                return self._explain_unreadable(steered, layout, line)
+            return explain_broken(steered[line].formula, values, done.rewards[line])
+
+        self._models.fail_where([s.row for s in steered], done.broken, explain)
 
     def _write_within_budgets(
         self, logits: torch.Tensor, steered: list[Steered], layout: _Layout, step: CandidateStep
@@ -157,8 +190,8 @@ class CandidateSteering:
         limits = to_device([[formula.top_k] for formula in formulas], device) if ragged else None
         combination = build_combination(formulas, device)
         heads = None
-        if not (has_policies or has_budgets or any(narrower)) and (own := self._models.find_heads(scoring)) is not None:
-            heads = HeadRows(index, k, limits, own, combination.terms)
+        if not (has_policies or has_budgets):
+            heads = self._find_head_rows(HeadRows(index, k, limits, [], combination.terms), scoring, narrower)
         return _Layout(
             key,
             formulas,
@@ -175,6 +208,17 @@ class CandidateSteering:
             to_device(widths, device) if any(narrower) else None,
         )
 
+    def _find_head_rows(self, rows: HeadRows, scoring: Scoring, narrower: list[list[str]]) -> HeadRows | None:
+        """The rows with the heads that score them; None where others do, or tokens are masked that they have."""
+        heads = self._models.find_heads(scoring)
+        if heads is None:
+            return None
+        if not has_kernels(scoring.device):
+            return None if any(narrower) else replace(rows, heads=heads)
+        if not {name for names in narrower for name in names} <= {part.model for part in scoring.parts}:
+            return None
+        return replace(rows, heads=heads, table=to_device(tabulate_heads(heads), scoring.device))
+
     def _mask_unreadable(
         self, steered: Sequence[Steered], layout: _Layout, ids: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
@@ -187,16 +231,19 @@ class CandidateSteering:
         empty = values.isneginf().all(dim=-1, keepdim=True) & ~before.isneginf().all(dim=-1, keepdim=True)
 
         def explain(line: int) -> Failure:
-            known = {name: self._models.by_name[name].vocabulary or 0 for name in layout.narrower[line]}
-            name = min(known, key=known.__getitem__)
-            reason = (
-                f"none of the base's best {steered[line].formula.top_k} tokens is among the ids 0 to "
-                f"{known[name] - 1} that {name!r} reads; raise top_k"
-            )
-            return Failure(name, "unreadable", reason)
+            return self._explain_unreadable(steered, layout, line)
 
         self._models.fail_where([s.row for s in steered], empty.squeeze(-1), explain)
         return values.masked_fill(empty, torch.nan)
+
+    def _explain_unreadable(self, steered: Sequence[Steered], layout: _Layout, line: int) -> Failure:
+        known = {name: self._models.by_name[name].vocabulary or 0 for name in layout.narrower[line]}
+        name = min(known, key=known.__getitem__)
+        reason = (
+            f"none of the base's best {steered[line].formula.top_k} tokens is among the ids 0 to "
+            f"{known[name] - 1} that {name!r} reads; raise top_k"
+        )
+        return Failure(name, "unreadable", reason)
 
     def _record(self, steered: Sequence[Steered], step: CandidateStep | HeadStep) -> None:
         for line, s in enumerate(steered):

@@ -169,6 +169,11 @@ class HeadReward(HeadModel):
     kind = "head"
     adds_base = False
 
+    def warm_up(self) -> None:
+        """Compiles on a GPU what a step would otherwise have to."""
+        super().warm_up()
+        self.head.warm_up_rerank(self.base.vocabulary)
+
 
 class HeadPolicy(HeadModel):
     """A policy whose logits are the base's plus a head's outputs: log π(v | s) = log π₀(v | s) + head(s·v) + const."""

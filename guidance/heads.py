@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from steersman.kernels.arguments import BlendedRows, BlendRows, HeadWeights
-from steersman.kernels.dispatch import blend_head, choose_rank, compile_gather, compile_head_blend, gather_outputs
+from steersman.kernels.dispatch import (
+    blend_head,
+    choose_rank,
+    compile_gather,
+    compile_head_blend,
+    compile_head_rerank,
+    gather_outputs,
+)
 
 
 @dataclass(frozen=True)
@@ -117,12 +124,14 @@ class FrozenHead:
         """Compiles on a GPU what `blend` launches over logits [B, vocabulary]."""
         compile_head_blend(self.weights.tokens, self.weights.bias, vocabulary)
 
+    def warm_up_rerank(self, vocabulary: int) -> None:
+        """Compiles on a GPU what a step launches whose candidates it scores, over logits [B, vocabulary]."""
+        compile_head_rerank(self.weights.tokens, vocabulary)
+
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
         """f(h) [G, R] float32 of hidden states [G, D], as Head.features, followed by zeros where the device reads
         longer rows faster."""
-        own = self.weights
-        middle = torch.addmm(own.inner_bias, hidden.float(), own.inner)
-        return torch.addmm(own.outer_bias, F.silu(middle, inplace=True), own.outer)
+        return self.weights.features(hidden.float())
 
     def every(self, features: torch.Tensor) -> torch.Tensor:
         """Outputs [G, V] float32 for every token, as Head.every."""

@@ -6,6 +6,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 LARGEST_SAMPLE = 1024
 """Draws of a policy that a kernel makes for one row at most."""
@@ -49,6 +50,11 @@ class HeadWeights:
         own = (self.inner, self.inner_bias, self.outer, self.outer_bias, self.tokens, self.bias)
         return tuple(tensor.numpy() for tensor in own)
 
+    def features(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """f(h) [G, R] float32 of hidden states [G, D] float32, written to `out` where it is given."""
+        middle = torch.addmm(self.inner_bias, hidden, self.inner)
+        return torch.addmm(self.outer_bias, F.silu(middle, inplace=True), self.outer, out=out)
+
 
 @dataclass(frozen=True)
 class HeadRows:
@@ -63,6 +69,8 @@ class HeadRows:
     heads: Sequence[HeadWeights]
     """One for each term."""
     terms: RewardTerms
+    table: torch.Tensor | None = None
+    """[M, 6] int64: where the heads lie, on a device with kernels, see `dispatch.tabulate_heads`."""
 
     @cached_property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -87,6 +95,25 @@ class Reranked:
         """[N, G, k], as `kernels.rerank.reward_rerank` returns them; rows of NaN were not written."""
         self.rewards = np.empty((*shape[:2], len(asked.heads), asked.k), dtype=np.float32)
         """[N, G, M, k]"""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadReranked:
+    """What became of HeadRows in one step, on a device with kernels."""
+
+    ids: torch.Tensor
+    """[G, k] int64"""
+    values: torch.Tensor
+    """[G, k] float32: the base's logits, -inf beyond a row's limit and for a token that one of the heads does not
+    have."""
+    logprobs: torch.Tensor
+    """[G, k] float32: the base's, over the whole vocabulary, -inf beyond a row's limit."""
+    scores: torch.Tensor
+    """[G, k] float32, as `kernels.rerank.reward_rerank` returns them."""
+    rewards: torch.Tensor
+    """[G, M, k] float32; of a token that a head does not have, that of its last one."""
+    broken: torch.Tensor
+    """[G] bool: rows whose scores are NaN, which were not written."""
 
 
 @dataclass(frozen=True)

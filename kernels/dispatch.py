@@ -1,5 +1,6 @@
 """Triton's kernels on a GPU, Numba's or torch elsewhere; either is imported at the first use."""
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -11,7 +12,9 @@ from steersman.kernels.arguments import (
     Blended,
     BlendedRows,
     BlendRows,
+    HeadReranked,
     HeadRows,
+    HeadWeights,
     Mixed,
     MixRows,
     Reranked,
@@ -82,8 +85,8 @@ def write_reranked(
 
 
 def can_rerank_by_heads(logits: torch.Tensor) -> bool:
-    """Whether `rerank_by_heads` is there for these logits [B, V]."""
-    return _fits_numba(logits)
+    """Whether `rerank_by_heads` is there for these logits [B, V], or with kernels `launch_heads`."""
+    return has_kernels(logits.device) or _fits_numba(logits)
 
 
 def rerank_by_heads(logits: torch.Tensor, hidden: torch.Tensor, asked: HeadRows, done: Reranked, step: int) -> bool:
@@ -92,6 +95,36 @@ def rerank_by_heads(logits: torch.Tensor, hidden: torch.Tensor, asked: HeadRows,
     from steersman.kernels import cpu
 
     return cpu.rerank_by_heads(logits, hidden.float().contiguous(), asked, done, step)
+
+
+def tabulate_heads(heads: Sequence[HeadWeights]) -> list[list[int]]:
+    """HeadRows.table as numbers; see `kernels.head_rerank.tabulate_heads`."""
+    from steersman.kernels import head_rerank
+
+    return head_rerank.tabulate_heads(heads)
+
+
+def launch_heads(logits: torch.Tensor, hidden: torch.Tensor, asked: HeadRows) -> HeadReranked:
+    """As `rerank_by_heads` on a device with kernels: f(h) of every head, and the two launches of `kernels.head_rerank`
+    with a workspace of their own. hidden: the base's hidden states of the asked rows, [G, D] of any precision."""
+    from steersman.kernels.head_rerank import head_rerank, make_workspace
+
+    (lines, vocabulary), states = (len(asked.rows), logits.shape[1]), hidden.float()
+    ranks = [len(head.outer_bias) for head in asked.heads]
+    features = torch.empty(lines, sum(ranks), dtype=torch.float32, device=logits.device)
+    for head, part in zip(asked.heads, features.split(ranks, dim=1), strict=True):
+        head.features(states, out=part)
+    return head_rerank(logits, features, asked, make_workspace(lines, vocabulary, logits.device))
+
+
+def compile_head_rerank(weight: torch.Tensor, vocabulary: int) -> None:
+    """Compiles what `launch_heads` launches over logits [B, vocabulary]; nothing where there are no kernels."""
+    if not has_kernels(weight.device):
+        return
+    from steersman.kernels.production import distinct_launches, head_rerank_launches
+
+    for launch in distinct_launches(head_rerank_launches(weight.dtype, weight.shape[1], vocabulary)).values():
+        launch.compile()
 
 
 def gather_outputs(

@@ -9,8 +9,16 @@ from collections.abc import Iterator, Mapping
 import torch
 import triton
 
-from steersman.kernels import attention, blend, gather, head_blend, rerank, topk
-from steersman.kernels.arguments import Blended, BlendedRows, BlendRows, RewardTerms
+from steersman.kernels import attention, blend, gather, head_blend, head_rerank, rerank, topk
+from steersman.kernels.arguments import (
+    Blended,
+    BlendedRows,
+    BlendRows,
+    HeadReranked,
+    HeadRows,
+    HeadWeights,
+    RewardTerms,
+)
 from steersman.kernels.launch import Launch
 
 VOCABULARIES = (32_000, 128_256)
@@ -29,6 +37,7 @@ def production_launches() -> dict[str, Launch]:
             launches |= attention_launches(dtype, width, heads=2, shared=7)
     for dtype in (torch.bfloat16, torch.float32):
         launches |= output_layer_launches(dtype, rank=1024, bias=False) | output_layer_launches(dtype, 129, bias=True)
+    launches |= head_rerank_launches(torch.float32, 160, VOCABULARIES[-1])
     # What samples add to the first launch is little; it compiles for seconds.
     heads = head_blend_launches(torch.float32, 160, VOCABULARIES[-1])
     return launches | {name: launch for name, launch in heads.items() if not name.startswith("head project, sampled")}
@@ -46,11 +55,51 @@ def output_layer_launches(dtype: torch.dtype, rank: int, bias: bool) -> dict[str
 def head_blend_launches(dtype: torch.dtype, rank: int, vocabulary: int) -> dict[str, Launch]:
     """Those that mix a head [vocabulary, rank] of this precision into a base model's logits [B, vocabulary] float32,
     padded behind each row or not."""
+    return {
+        name: launch
+        for stride, suffix in _strides(vocabulary)
+        for name, launch in _head_blend(dtype, rank, vocabulary, stride, suffix)
+    }
+
+
+def head_rerank_launches(dtype: torch.dtype, rank: int, vocabulary: int) -> dict[str, Launch]:
+    """Those by which heads of this precision, [vocabulary, a multiple of 16], score candidates of a base model's logits
+    [B, vocabulary] float32, padded behind each row or not, and write its rows."""
+    return {
+        name: launch
+        for stride, suffix in _strides(vocabulary)
+        for name, launch in _head_rerank(dtype, rank, vocabulary, stride, suffix)
+    }
+
+
+def _head_rerank(
+    dtype: torch.dtype, rank: int, vocabulary: int, stride: int, suffix: str
+) -> Iterator[tuple[str, Launch]]:
+    none = _tensor(0)
+    head = HeadWeights(
+        *(none, none, none, none), _tensor(vocabulary, rank, dtype=dtype), _tensor(vocabulary, dtype=dtype)
+    )
+    # A row by itself is split most, and rows that are each a GPU's program least.
+    for lines in (1, 264):
+        index, numbers = _tensor(lines, dtype=torch.int64), _tensor(lines, 1)
+        terms = RewardTerms(numbers, numbers, numbers, _tensor(lines, 1, dtype=torch.int32))
+        workspace = head_rerank.make_workspace(lines, vocabulary, _DEVICE)
+        logits, features = _tensor(lines, stride)[:, :vocabulary], _tensor(lines, rank)
+        for k in (16, 32, 64):
+            asked = HeadRows(index, k, None, [head], terms, _tensor(1, 6, dtype=torch.int64))
+            ids, each = _tensor(lines, k, dtype=torch.int64), _tensor(lines, k)
+            done = HeadReranked(ids, each, each, each, _tensor(lines, 1, k), _tensor(lines, dtype=torch.bool))
+            scan, write = head_rerank.plan_launches(logits, features, asked, workspace, done)
+            yield f"head scan, k = {k}, {scan.choices['SUMMITS']} summits{suffix}", scan
+            yield f"head rerank, k = {k}, {write.choices['MERGED']} parts, {_short(dtype)}{suffix}", write
+
+
+def _strides(vocabulary: int) -> Iterator[tuple[int, str]]:
+    """Distances of a base model's rows, and how launches over them are told apart."""
+    yield vocabulary, ""
     padded = triton.cdiv(vocabulary, _PADDING) * _PADDING
-    launches = dict(_head_blend(dtype, rank, vocabulary, vocabulary, ""))
     if padded != vocabulary:
-        launches |= dict(_head_blend(dtype, rank, vocabulary, padded, ", padded rows"))
-    return launches
+        yield padded, ", padded rows"
 
 
 def _head_blend(
@@ -75,11 +124,11 @@ def _head_blend(
 
 def sampling_launches(vocabulary: int) -> dict[str, Launch]:
     """Those of the sampling step over a base model's logits [B, vocabulary] float32, padded behind each row or not."""
-    padded = triton.cdiv(vocabulary, _PADDING) * _PADDING
-    launches = dict(_sampling(vocabulary, vocabulary))
-    if padded != vocabulary:
-        launches |= {f"{name}, padded rows": launch for name, launch in _sampling(vocabulary, padded)}
-    return launches
+    return {
+        f"{name}{suffix}": launch
+        for stride, suffix in _strides(vocabulary)
+        for name, launch in _sampling(vocabulary, stride)
+    }
 
 
 def distinct_launches(launches: Mapping[str, Launch]) -> dict[str, Launch]:

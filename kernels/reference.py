@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from steersman.kernels.arguments import Blended, BlendedRows, BlendRows, RewardTerms
+from steersman.kernels.arguments import Blended, BlendedRows, BlendRows, HeadReranked, HeadRows, RewardTerms
 
 
 def topk_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -159,6 +159,26 @@ def gather_outputs(
     """As `kernels.gather.gather_outputs`."""
     outputs = torch.bmm(F.embedding(tokens, weight).float(), features.float().unsqueeze(-1)).squeeze(-1)
     return outputs if bias is None else outputs + bias[tokens]
+
+
+def head_rerank(logits: torch.Tensor, features: torch.Tensor, asked: HeadRows) -> HeadReranked:
+    """As `kernels.head_rerank.head_rerank`, but for the order of tied candidates, which is torch's."""
+    nobody = (asked.rows < 0).unsqueeze(-1)
+    base = _widen(logits[asked.rows.clamp(min=0)]).masked_fill(nobody, -torch.inf)
+    totals = base.logsumexp(dim=-1, keepdim=True)
+    values, ids = base.topk(asked.k, dim=-1)
+    values = mask_beyond(torch.where(totals.isnan(), totals, values), asked.limits)
+    logprobs = torch.where(values.isneginf(), values, values - totals)
+    known = min(len(head.bias) for head in asked.heads)
+    parts = features.split([head.tokens.shape[1] for head in asked.heads], dim=1)
+    rewards = []
+    for part, head in zip(parts, asked.heads, strict=True):
+        tokens = ids.clamp(max=len(head.bias) - 1)
+        products = torch.bmm(F.embedding(tokens, head.tokens).to(part.dtype), part.unsqueeze(-1)).squeeze(-1)
+        rewards.append(products + head.bias[tokens].to(part.dtype))
+    stacked, values = torch.stack(rewards, dim=1), values.masked_fill(ids >= known, -torch.inf)
+    scores = reward_rerank(logits, asked.rows, ids, values, asked.terms, stacked)
+    return HeadReranked(ids, values, logprobs, scores, stacked, scores[:, 0].isnan())
 
 
 def mask_beyond(values: torch.Tensor, limits: torch.Tensor | None) -> torch.Tensor:

@@ -80,6 +80,28 @@ def _log_sum_exp(values):
     return largest + tl.log(tl.sum(tl.exp(values - largest), axis=0))
 
 
+@triton.jit
+def add_term(score, reward, place, strength, scale, shift, log_sigmoid):
+    """Scores and the rewards of the term at `place` of RewardTerms, transformed and weighted."""
+    value = tl.load(scale + place) * reward + tl.load(shift + place)
+    value = tl.where(tl.load(log_sigmoid + place) == 1, _log_sigmoid(value), value)
+    weight = tl.load(strength + place)
+    # A term that a row does not have may hold anything.
+    return score + tl.where(weight == 0.0, 0.0, weight * value)
+
+
+@triton.jit
+def settle(base, score):
+    """Scores with the log-sum-exp of `base` and its masks, and 1 for a row that may be written: which has a candidate,
+    and no score that is not finite."""
+    masked = base == -float("inf")
+    score = tl.where(masked, base, score)
+    finite = masked | (tl.abs(score) < float("inf"))
+    healthy = tl.min(finite.to(tl.int32), axis=0) * tl.max((~masked).to(tl.int32), axis=0)
+    move = _log_sum_exp(tl.where(healthy == 1, base, 0.0)) - _log_sum_exp(tl.where(healthy == 1, score, 0.0))
+    return tl.where(masked, score, score + move), healthy
+
+
 @triton.jit(do_not_specialize=["k", "terms"])
 def _rerank(
     logits, stride, vocabulary, rows, ids, base, rewards, scores, strength, scale, shift, log_sigmoid, k, terms,
@@ -89,24 +111,14 @@ def _rerank(
     candidates = tl.arange(0, K)
     there = candidates < k
     chosen = tl.load(ids + line * k + candidates, mask=there, other=-1)
-    score = tl.load(base + line * k + candidates, mask=there, other=-float("inf"))
-    before = score
-    masked = score == -float("inf")
+    before = tl.load(base + line * k + candidates, mask=there, other=-float("inf"))
+    score = before
     for term in range(terms):
         reward = tl.load(rewards + (line * terms + term) * k + candidates, mask=there, other=0.0)
-        value = tl.load(scale + line * terms + term) * reward + tl.load(shift + line * terms + term)
-        value = tl.where(tl.load(log_sigmoid + line * terms + term) == 1, _log_sigmoid(value), value)
-        weight = tl.load(strength + line * terms + term)
-        # A term that a row does not have may hold anything.
-        value = tl.where(weight == 0.0, 0.0, weight * value)
-        score = tl.where(masked, score, score + value)
-    finite = masked | (tl.abs(score) < float("inf"))
-    healthy = tl.min(finite.to(tl.int32), axis=0) * tl.max((~masked).to(tl.int32), axis=0)
-    shift = _log_sum_exp(tl.where(healthy == 1, before, 0.0)) - _log_sum_exp(tl.where(healthy == 1, score, 0.0))
-    score = tl.where(masked, score, score + shift)
-    shown = tl.where(healthy == 1, score, float("nan"))
+        score = add_term(score, reward, line * terms + term, strength, scale, shift, log_sigmoid)
+    score, healthy = settle(before, score)
     if part == 0:
-        tl.store(scores + line * k + candidates, shown, mask=there)
+        tl.store(scores + line * k + candidates, tl.where(healthy == 1, score, float("nan")), mask=there)
     row = tl.load(rows + line).to(tl.int64)
     if (row >= 0) & (healthy == 1):
         entries = part * PART + tl.arange(0, PART)

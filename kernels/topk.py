@@ -16,7 +16,8 @@ from steersman.kernels.launch import Launch, Split, most_splits, require_rows, s
 
 GROUP = 16
 """Entries of a group, and groups of a group of groups."""
-_TILE = 4096
+TILE = 4096
+"""Entries that are read at once."""
 # Sizes that cover most vocabularies, so that few variants are compiled.
 _SPLITS = 64
 _SUMMITS = (256, 1024)
@@ -39,11 +40,11 @@ class TopKWorkspace:
 
 def make_workspace(rows: int, vocabulary: int, device: torch.device) -> TopKWorkspace:
     """Memory for `topk_logprobs` on up to `rows` rows; one workspace serves one stream."""
-    tiles = triton.cdiv(vocabulary, _TILE)
+    tiles = triton.cdiv(vocabulary, TILE)
     splits = most_splits(tiles)
     return TopKWorkspace(
-        torch.empty(rows, tiles * (_TILE // GROUP), dtype=torch.int32, device=device),
-        torch.empty(rows, tiles * (_TILE // GROUP**2), dtype=torch.int32, device=device),
+        torch.empty(rows, tiles * (TILE // GROUP), dtype=torch.int32, device=device),
+        torch.empty(rows, tiles * (TILE // GROUP**2), dtype=torch.int32, device=device),
         torch.empty(rows, splits, 2, dtype=torch.float32, device=device),
         torch.empty(rows, LARGEST_K, dtype=torch.int32, device=device),
     )
@@ -81,7 +82,7 @@ def plan_launches(
     if not 1 <= k <= min(LARGEST_K, vocabulary):
         raise ValueError(f"k: {k} is not between 1 and {min(LARGEST_K, vocabulary)}")
     require_rows(logits=logits)
-    tiles = triton.cdiv(vocabulary, _TILE)
+    tiles = triton.cdiv(vocabulary, TILE)
     split: Split = split_rows(rows, tiles)
     summits = triton.cdiv(vocabulary, GROUP**2)
     bucket = max(triton.next_power_of_2(k), 8)
@@ -94,7 +95,7 @@ def plan_launches(
             summits=workspace.summits, summits_stride=workspace.summits.stride(0),
             partial=workspace.partial, partial_stride=workspace.partial.stride(0),
         ),
-        dict(TILE=_TILE, GROUP=GROUP),
+        dict(TILE=TILE, GROUP=GROUP),
         warps=8,
     )  # fmt: skip
     finish = Launch(
@@ -109,7 +110,7 @@ def plan_launches(
             ids=ids, logprobs=logprobs, totals=totals,
         ),
         dict(
-            K=bucket, SUMMITS=_bucket(summits, _SUMMITS), GROUP=GROUP,
+            K=bucket, SUMMITS=choose_bucket(summits, _SUMMITS), GROUP=GROUP,
             SPLITS=max(_SPLITS, triton.next_power_of_2(split.splits)), LARGEST_K=LARGEST_K,
         ),
         warps=4,
@@ -117,7 +118,8 @@ def plan_launches(
     return [scan, finish]
 
 
-def _bucket(size: int, buckets: tuple[int, ...]) -> int:
+def choose_bucket(size: int, buckets: tuple[int, ...]) -> int:
+    """The first bucket that holds `size`, or the next power of 2 where none does."""
     return next((bucket for bucket in buckets if bucket >= size), triton.next_power_of_2(size))
 
 
@@ -141,6 +143,86 @@ def _place(packed):
     return 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32)
 
 
+@triton.jit
+def unpack(packed):
+    """Entries and values [n] of what `find_best` gives."""
+    keys = (packed >> 32).to(tl.int32)
+    return _place(packed), (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scan_tiles(
+    row, readable, vocabulary, first, last, maxima, summits, partial, TILE: tl.constexpr, GROUP: tl.constexpr
+):
+    """Reads the tiles from `first` to `last` of a row, of which entries from `readable` on count as masked; writes its
+    maxima of groups, and of groups of groups, and the tiles' part of the normaliser."""
+    GROUPS: tl.constexpr = TILE // GROUP
+    SUMMITS: tl.constexpr = GROUPS // GROUP
+    # The lowest finite float, not -inf: a difference from it is never NaN.
+    top = tl.full([TILE], -3.4028234e38, tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    for tile in range(first, last):
+        entries = tile * TILE + tl.arange(0, TILE)
+        values = tl.load(row + entries, mask=entries < readable, other=-float("inf")).to(tl.float32)
+        rise = values - top
+        scale = tl.exp(-tl.abs(rise))
+        total = tl.where(rise > 0, total * scale + 1.0, total + scale)
+        top = tl.where(rise > 0, values, top)
+        keys = tl.where(entries < vocabulary, _order(values), -0x80000000)
+        groups = tl.max(tl.reshape(keys, [GROUPS, GROUP]), axis=1)
+        tl.store(maxima + tile * GROUPS + tl.arange(0, GROUPS), groups)
+        peaks = tl.max(tl.reshape(groups, [SUMMITS, GROUP]), axis=1)
+        tl.store(summits + tile * SUMMITS + tl.arange(0, SUMMITS), peaks)
+    highest = tl.max(top, axis=0)
+    tl.store(partial, highest)
+    tl.store(partial + 1, tl.sum(total * tl.exp(top - highest), axis=0))
+
+
+@triton.jit
+def merge_normaliser(partial, splits, SPLITS: tl.constexpr):
+    """The log-sum-exp of a row from its parts."""
+    parts = tl.arange(0, SPLITS)
+    there = parts < splits
+    tops = tl.load(partial + 2 * parts, mask=there, other=-3.4028234e38)
+    sums = tl.load(partial + 2 * parts + 1, mask=there, other=0.0)
+    highest = tl.max(tops, axis=0)
+    return highest + tl.log(tl.sum(sums * tl.exp(tops - highest), axis=0))
+
+
+@triton.jit
+def find_best(
+    row, readable, vocabulary, first, last, maxima, summits, chosen,
+    K: tl.constexpr, SUMMITS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The K best entries below the summits from `first` to `last` of a scanned row, packed, best first; where there are
+    fewer, the rest are lower than any of them. chosen: room for K groups, which a level hands to the next."""
+    picked = tl.arange(0, K)
+    if SUMMITS > K:
+        places = first + tl.arange(0, SUMMITS)
+        keys = tl.load(summits + places, mask=places < last, other=-0x80000000)
+        best = _place(tl.topk(_pack(keys, places), K))
+        tl.store(chosen + picked, best)
+        tl.debug_barrier()
+        spread = tl.arange(0, K * GROUP)
+        parents = tl.load(chosen + spread // GROUP)
+    else:
+        spread = tl.arange(0, SUMMITS * GROUP)
+        parents = first + spread // GROUP
+    places = parents * GROUP + spread % GROUP
+    keys = tl.load(maxima + places, mask=parents < last, other=-0x80000000)
+    best = _place(tl.topk(_pack(keys, places), K))
+    tl.debug_barrier()
+    tl.store(chosen + picked, best)
+    tl.debug_barrier()
+
+    spread = tl.arange(0, K * GROUP)
+    parents = tl.load(chosen + spread // GROUP)
+    places = parents * GROUP + spread % GROUP
+    inside = (parents < last * GROUP) & (places < vocabulary)
+    values = tl.load(row + places, mask=inside & (places < readable), other=-float("inf")).to(tl.float32)
+    return tl.topk(_pack(tl.where(inside, _order(values), -0x80000000), places), K)
+
+
 @triton.jit(do_not_specialize=["tiles", "tiles_each"])
 def _scan(
     logits, stride, vocabulary, tiles, tiles_each,
@@ -148,28 +230,12 @@ def _scan(
     TILE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    GROUPS: tl.constexpr = TILE // GROUP
-    SUMMITS: tl.constexpr = GROUPS // GROUP
-    # The lowest finite float, not -inf: a difference from it is never NaN.
-    top = tl.full([TILE], -3.4028234e38, tl.float32)
-    total = tl.zeros([TILE], tl.float32)
-    for tile in range(split * tiles_each, tl.minimum((split + 1) * tiles_each, tiles)):
-        entries = tile * TILE + tl.arange(0, TILE)
-        inside = entries < vocabulary
-        values = tl.load(logits + row * stride + entries, mask=inside, other=-float("inf")).to(tl.float32)
-        rise = values - top
-        scale = tl.exp(-tl.abs(rise))
-        total = tl.where(rise > 0, total * scale + 1.0, total + scale)
-        top = tl.where(rise > 0, values, top)
-        keys = tl.where(inside, _order(values), -0x80000000)
-        groups = tl.max(tl.reshape(keys, [GROUPS, GROUP]), axis=1)
-        tl.store(maxima + row * maxima_stride + tile * GROUPS + tl.arange(0, GROUPS), groups)
-        peaks = tl.max(tl.reshape(groups, [SUMMITS, GROUP]), axis=1)
-        tl.store(summits + row * summits_stride + tile * SUMMITS + tl.arange(0, SUMMITS), peaks)
-    highest = tl.max(top, axis=0)
-    result = partial + row * partial_stride + split * 2
-    tl.store(result, highest)
-    tl.store(result + 1, tl.sum(total * tl.exp(top - highest), axis=0))
+    scan_tiles(
+        logits + row * stride, vocabulary, vocabulary,
+        split * tiles_each, tl.minimum((split + 1) * tiles_each, tiles),
+        maxima + row * maxima_stride, summits + row * summits_stride, partial + row * partial_stride + split * 2,
+        TILE, GROUP,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["k", "splits", "count"])
@@ -180,38 +246,14 @@ def _finish(
     K: tl.constexpr, SUMMITS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, LARGEST_K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    parts = tl.arange(0, SPLITS)
-    there = parts < splits
-    tops = tl.load(partial + row * partial_stride + 2 * parts, mask=there, other=-3.4028234e38)
-    sums = tl.load(partial + row * partial_stride + 2 * parts + 1, mask=there, other=0.0)
-    highest = tl.max(tops, axis=0)
-    normaliser = highest + tl.log(tl.sum(sums * tl.exp(tops - highest), axis=0))
+    normaliser = merge_normaliser(partial + row * partial_stride, splits, SPLITS)
     tl.store(totals + row, normaliser)
-
+    packed = find_best(
+        logits + row * stride, vocabulary, vocabulary, 0, count, maxima + row * maxima_stride,
+        summits + row * summits_stride, chosen + row * LARGEST_K, K, SUMMITS, GROUP,
+    )  # fmt: skip
+    places, values = unpack(packed)
     picked = tl.arange(0, K)
-    places = tl.arange(0, SUMMITS)
-    keys = tl.load(summits + row * summits_stride + places, mask=places < count, other=-0x80000000)
-    best = _place(tl.topk(_pack(keys, places), K))
-    tl.store(chosen + row * LARGEST_K + picked, best)
-    tl.debug_barrier()
-
-    spread = tl.arange(0, K * GROUP)
-    parents = tl.load(chosen + row * LARGEST_K + spread // GROUP)
-    places = parents * GROUP + spread % GROUP
-    keys = tl.load(maxima + row * maxima_stride + places, mask=parents < count, other=-0x80000000)
-    best = _place(tl.topk(_pack(keys, places), K))
-    tl.debug_barrier()
-    tl.store(chosen + row * LARGEST_K + picked, best)
-    tl.debug_barrier()
-
-    parents = tl.load(chosen + row * LARGEST_K + spread // GROUP)
-    places = parents * GROUP + spread % GROUP
-    inside = places < vocabulary
-    values = tl.load(logits + row * stride + places, mask=inside, other=-float("inf")).to(tl.float32)
-    keys = tl.where(inside, _order(values), -0x80000000)
-    packed = tl.topk(_pack(keys, places), K)
-    keys = (packed >> 32).to(tl.int32)
-    values = (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     wanted = picked < k
-    tl.store(ids + row * k + picked, _place(packed), mask=wanted)
+    tl.store(ids + row * k + picked, places, mask=wanted)
     tl.store(logprobs + row * k + picked, tl.where(values == -float("inf"), values, values - normaliser), mask=wanted)

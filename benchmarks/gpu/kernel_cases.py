@@ -1,6 +1,6 @@
 """What `check_kernels` runs: each kernel at sizes that are served, awkward ones among them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 from steersman.kernels import reference
-from steersman.kernels.arguments import BlendRows, RewardTerms
+from steersman.kernels.arguments import BlendRows, HeadRows, HeadWeights, RewardTerms
 from steersman.kernels.attention import candidate_attention
 from steersman.kernels.blend import make_workspace as make_blend_workspace
 from steersman.kernels.blend import policy_blend
 from steersman.kernels.gather import gather_outputs
 from steersman.kernels.head_blend import head_blend
 from steersman.kernels.head_blend import make_workspace as make_head_workspace
+from steersman.kernels.head_rerank import head_rerank, tabulate_heads
+from steersman.kernels.head_rerank import make_workspace as make_rerank_workspace
 from steersman.kernels.rerank import reward_rerank
 from steersman.kernels.topk import make_workspace, topk_logprobs
 
@@ -57,6 +59,10 @@ def all_cases(device: torch.device) -> Iterator[Case]:
         yield topk_case(device, rows, vocabulary, k, dtype)
     yield rerank_case(device, 8, 128_256, 10, terms=1)
     yield rerank_case(device, 64, 128_256, 40, terms=3)
+    for rows, vocabulary, k, ranks in (
+        (1, 128_256, 10, (128,)), (8, 50_257, 64, (129, 48)), (64, 128_256, 10, (128,) * 8), (300, 32_000, 20, (160,)),
+    ):  # fmt: skip
+        yield head_rerank_case(device, rows, vocabulary, k, ranks)
     yield gather_case(device, 64, 128_256, 10, 128, FP32)
     yield gather_case(device, 32, 128_256, 64, 1024, BF16)
     for rows, vocabulary, dtype in ((8, 50_257, FP32), (64, 128_256, FP32), (8, 128_256, BF16)):
@@ -76,6 +82,7 @@ def sanitized_cases(device: torch.device) -> Iterator[Case]:
     """Every kernel and both ways through attention at sizes that compute-sanitizer gets through in seconds."""
     yield topk_case(device, 3, 4099, 17, FP32)
     yield rerank_case(device, 3, 4099, 10, terms=2)
+    yield head_rerank_case(device, 3, 9001, 17, (129, 16))
     yield gather_case(device, 3, 4099, 17, 129, FP32)
     yield blend_case(device, 3, 4099, FP32)
     yield sampled_case(device, 2, 4099, 100)
@@ -89,6 +96,7 @@ def tiny_cases(device: torch.device) -> Iterator[Case]:
     """What Triton's interpreter gets through; it cannot multiply matrices in bfloat16."""
     yield topk_case(device, 1, 300, 5, FP32)
     yield rerank_case(device, 2, 300, 5, terms=2)
+    yield head_rerank_case(device, 2, 300, 5, (7, 16))
     yield gather_case(device, 2, 300, 5, 40, BF16)
     yield blend_case(device, 2, 300, BF16)
     yield sampled_case(device, 1, 300, 50)
@@ -136,6 +144,47 @@ def rerank_case(device: torch.device, rows: int, vocabulary: int, k: int, terms:
         return reference.reward_rerank(whole, places, ids, logprobs.double(), exact, r.double()), whole
 
     return Case(f"reward_rerank ({rows}, {vocabulary}), k = {k}, {terms} rewards", make, run, truth)
+
+
+def head_rerank_case(device: torch.device, rows: int, vocabulary: int, k: int, ranks: Sequence[int]) -> Case:
+    """What becomes of candidates that heads score, with limits of each row's own and a head that lacks some tokens, and
+    the rows that they are written into, one row that nobody asks for among them."""
+
+    def draw_head(rank: int, width: int) -> HeadWeights:
+        none = torch.empty(0, device=device)
+        tokens = torch.randn(width, rank, device=device) / rank**0.5
+        return HeadWeights(none, none, none, none, tokens, torch.randn(width, device=device))
+
+    def make() -> tuple[Any, ...]:
+        heads = [draw_head(rank, vocabulary - 20 * place) for place, rank in enumerate(ranks)]
+        strength, scale, shift = torch.randn(3, rows, len(ranks), device=device)
+        squashed = torch.randint(2, (rows, len(ranks)), device=device, dtype=torch.int32)
+        asked = HeadRows(
+            torch.randperm(rows + 1, device=device)[:rows], k, torch.randint(1, k + 1, (rows, 1), device=device), heads,
+            RewardTerms(strength, scale, shift, squashed), torch.tensor(tabulate_heads(heads), device=device),
+        )  # fmt: skip
+        logits = 3 * torch.randn(rows + 1, vocabulary, device=device)
+        # The most likely token is nobody's to mask: a row without a candidate has no scores.
+        logits[:, 0] = 20.0
+        return logits, torch.randn(rows, sum(ranks), device=device), asked
+
+    def run(logits: torch.Tensor, features: torch.Tensor, asked: HeadRows) -> Tensors:
+        done = head_rerank(logits, features, asked, make_rerank_workspace(rows, vocabulary, device))
+        return logits, done.ids, done.values, done.logprobs, done.scores, done.rewards, done.broken
+
+    def truth(logits: torch.Tensor, features: torch.Tensor, asked: HeadRows) -> Tensors:
+        terms = asked.terms
+        doubled = (terms.strength.double(), terms.scale.double(), terms.shift.double())
+        exact = replace(asked, terms=RewardTerms(*doubled, terms.log_sigmoid), heads=list(map(_doubled, asked.heads)))
+        whole = logits.double()
+        done = reference.head_rerank(whole, features.double(), exact)
+        return whole, done.ids, done.values, done.logprobs, done.scores, done.rewards, done.broken
+
+    return Case(f"head_rerank ({rows}, {vocabulary}), k = {k}, R = {', '.join(map(str, ranks))}", make, run, truth)
+
+
+def _doubled(head: HeadWeights) -> HeadWeights:
+    return replace(head, tokens=head.tokens.double(), bias=head.bias.double())
 
 
 def gather_case(device: torch.device, rows: int, vocabulary: int, k: int, rank: int, dtype: torch.dtype) -> Case:

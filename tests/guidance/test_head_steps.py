@@ -197,27 +197,105 @@ def test_on_a_device_with_kernels_a_policy_head_takes_two_launches_and_the_host_
         torch.testing.assert_close(guided[n].double().log_softmax(-1), expected, rtol=0, atol=1e-5)
 
 
+def _weighted(names: list[str]) -> dict[str, Any]:
+    rewards = [{"model": name, "weight": weight} for name, weight in zip(names, (0.5, -0.3), strict=False)]
+    return {"method": "pargs", "rewards": rewards, "top_k": 5, "beta": 0.8}
+
+
+def _expected_among(logits: torch.Tensor, k: int, guidance: dict[str, Any], outputs: list[torch.Tensor]) -> Any:
+    """Guided log-probabilities [V] of a row whose rewards have these outputs [V], over its k best tokens; the outputs
+    of a head that has fewer tokens mask the others."""
+    bonus = torch.zeros(len(logits), dtype=torch.float64)
+    for term, own in zip(guidance["rewards"], outputs, strict=True):
+        bonus += guidance["beta"] * term["weight"] * own
+        bonus.masked_fill_(own.isneginf(), -torch.inf)
+    kept = logits.topk(k).indices
+    scores = logits.double() + bonus
+    return torch.full_like(scores, -torch.inf).index_copy(0, kept, scores[kept]).log_softmax(-1)
+
+
 @pytest.mark.parametrize("terms", [1, 2])
-def test_on_a_device_with_kernels_reward_heads_take_three_launches_and_one_for_each_term(
+def test_on_a_device_with_kernels_reward_heads_take_two_launches_and_the_host_waits_for_none(
     heads: Heads, rng: random.Random, terms: int
 ) -> None:
-    """Candidates are found by two, a head's rewards by one, and all rows are written by one, beside f(h)."""
+    """Beside f(h), however many rows and heads there are; rows may be any, and have fewer candidates than others."""
     extra = random_head(rng, "more", REWARD, WIDTH, hidden_size=STATE)
-    rewards = [{"model": "r", "weight": 0.5}, {"model": "more", "weight": -0.3}][:terms]
-    logits, hidden = torch.randn(3, WIDTH), heads.hidden(3)
+    guidance = _weighted(["r", "more"][:terms])
+    logits, hidden = torch.randn(4, WIDTH), heads.hidden(4)
     models = {**heads.runtime.reward_models, "more": extra}
     runtime = GuidanceRuntime(models, END, {}, copy=SlowCopy)  # type: ignore[arg-type]
-    rows = begin_rows(runtime, [{"method": "pargs", "rewards": rewards, "top_k": 5, "beta": 0.8}] * 3)
-    guided, last = logits.clone(), torch.tensor([2, 3, 4])
+    rows = begin_rows(runtime, [guidance, guidance, {**guidance, "top_k": 3}, guidance])
+    asked = [rows[n] for n in (3, 0, 2)]
+    guided, last = logits.clone(), torch.tensor([2, 3, 4, 5])
+    with acting_as_gpu(), count_launches() as launches, forbid_host_reads():
+        runtime.step(guided, asked, last, hidden=hidden)
+    assert launches == {"_scan_best": 1, "_head_rerank": 1}
+    assert torch.equal(guided[1], logits[1])
+    tables = [head_table(model.head, hidden) for model in (heads.models["r"], extra)][:terms]
+    for n, k in ((0, 5), (2, 3), (3, 5)):
+        expected = _expected_among(logits[n], k, guidance, [table[n] for table in tables])
+        torch.testing.assert_close(guided[n].double().log_softmax(-1), expected, rtol=0, atol=1e-5)
+
+
+def test_on_a_device_with_kernels_reports_hold_the_rows_of_every_step(heads: Heads, rng: random.Random) -> None:
+    """Beside those of heads also steps that go another way: a client masks tokens."""
+    runtime = GuidanceRuntime(heads.runtime.reward_models, END, {}, copy=SlowCopy)
+    guidance = _weighted(["r"])
+    rows = begin_rows(runtime, [{**guidance, "trace": True}, {**guidance, "top_k": 3}])
+    kl = [0.0, 0.0]
+    with acting_as_gpu():
+        for position in range(4):
+            logits, hidden = torch.randn(2, WIDTH), heads.hidden(2)
+            biased = logits.clone()
+            if position == 2:
+                biased[:, 5:9] = -torch.inf
+            guided, last = logits.clone(), torch.tensor([2, 3])
+            runtime.step(guided, rows, last, biased if position == 2 else None, hidden)
+            table = head_table(heads.models["r"].head, hidden)
+            for n, k in enumerate((5, 3)):
+                expected = _expected_among(biased[n], k, guidance, [table[n]])
+                torch.testing.assert_close(guided[n].double().log_softmax(-1), expected, rtol=0, atol=1e-5)
+                token = int(torch.multinomial(expected.exp(), 1))
+                rows[n].output.append(token)  # type: ignore[attr-defined]
+                kl[n] += float(expected[token] - biased[n].double().log_softmax(-1)[token])
+        reports = [runtime.finish(row.request.key, row.output) for row in rows]
+    for n, report in enumerate(reports):
+        assert report is not None
+        assert report.guided_tokens == 4
+        assert report.kl == pytest.approx(kl[n], abs=1e-4)
+        assert report.rewards["r"] == pytest.approx(float(table[n, rows[n].output[-1]]), abs=1e-4)
+    trace = reports[0].trace  # type: ignore[union-attr]
+    assert trace is not None
+    assert [len(position["candidates"]) for position in trace] == [5] * 4
+
+
+def test_on_a_device_with_kernels_a_head_that_has_fewer_tokens_than_the_bases_logits_masks_the_rest(
+    heads: Heads,
+) -> None:
+    """A row that has no other candidate is the base's until that is learned, and so is one without a number."""
+    runtime = GuidanceRuntime(heads.runtime.reward_models, END, {}, copy=SlowCopy)
+    guidance = {**_weighted(["r"]), "top_k": 4}
+    rows = begin_rows(runtime, [guidance] * 4)
+    logits, hidden, last = torch.randn(4, WIDTH + 4), heads.hidden(4), torch.tensor([2, 3, 4, 5])
+    logits[0, WIDTH + 1 :] += 50
+    logits[1, WIDTH:] += 50
+    hidden[2, 3] = math.nan
+    guided = logits.clone()
+    SlowCopy.arrived = False
     with acting_as_gpu(), count_launches() as launches, forbid_host_reads():
         runtime.step(guided, rows, last, hidden=hidden)
-    assert launches == {"_scan": 1, "_finish": 1, "_gather": terms, "_rerank": 1}
-    tables = [head_table(model.head, hidden) for model in (heads.models["r"], extra)]
-    for n in range(3):
-        scores = logits[n].double() + 0.8 * sum(t["weight"] * tables[m][n] for m, t in enumerate(rewards))
-        kept = logits[n].topk(5).indices
-        expected = torch.full_like(scores, -torch.inf).index_copy(0, kept, scores[kept]).log_softmax(-1)
+    assert launches == {"_scan_best": 1, "_head_rerank": 1}
+    table = torch.full((4, WIDTH + 4), -torch.inf, dtype=torch.float64)
+    table[:, :WIDTH] = head_table(heads.models["r"].head, hidden)
+    for n in (0, 3):
+        expected = _expected_among(logits[n], 4, guidance, [table[n]])
         torch.testing.assert_close(guided[n].double().log_softmax(-1), expected, rtol=0, atol=1e-5)
+    assert torch.equal(guided[1:3], logits[1:3])
+    assert [row.request.error for row in rows] == [None] * 4
+    runtime.settle(wait=True)
+    assert [row.request.fault for row in rows] == [None, "unreadable", "not_finite", None]
+    assert "raise top_k" in str(rows[1].request.error)
+    assert "not a finite number" in str(rows[2].request.error)
 
 
 def test_an_answers_values_are_the_heads_behind_each_position(heads: Heads, rng: random.Random) -> None:

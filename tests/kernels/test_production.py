@@ -7,10 +7,15 @@ import sys
 import pytest
 import torch
 
-from steersman.kernels import rerank, topk
-from steersman.kernels.arguments import RewardTerms
+from steersman.kernels import head_rerank, rerank, topk
+from steersman.kernels.arguments import HeadReranked, HeadRows, HeadWeights, RewardTerms
 from steersman.kernels.launch import Launch
-from steersman.kernels.production import distinct_launches, production_launches, sampling_launches
+from steersman.kernels.production import (
+    distinct_launches,
+    head_rerank_launches,
+    production_launches,
+    sampling_launches,
+)
 
 
 def _topk(rows: int, vocabulary: int, k: int, stride: int | None = None) -> list[Launch]:
@@ -24,6 +29,36 @@ def _rerank(rows: int, vocabulary: int, k: int, terms: int) -> Launch:
     asked = RewardTerms(numbers, numbers, numbers, torch.empty(rows, terms, dtype=torch.int32))
     scores, rewards = torch.empty(rows, k), torch.empty(rows, terms, k)
     return rerank.plan_launch(torch.empty(rows, vocabulary), ids[:, 0].clone(), ids, scores, asked, rewards, scores)
+
+
+def _head_rerank(rows: int, vocabulary: int, k: int, ranks: list[int], limited: bool, stride: int) -> list[Launch]:
+    with torch.device("meta"):
+        none, terms = torch.empty(0), torch.empty(rows, len(ranks))
+        heads = [
+            HeadWeights(none, none, none, none, torch.empty(vocabulary, rank), torch.empty(vocabulary))
+            for rank in ranks
+        ]
+        index = torch.empty(rows, dtype=torch.int64)
+        asked = HeadRows(
+            index, k, index.unsqueeze(1) if limited else None, heads,
+            RewardTerms(terms, terms, terms, terms.int()), torch.empty(len(ranks), 6, dtype=torch.int64),
+        )  # fmt: skip
+        each = torch.empty(rows, k)
+        done = HeadReranked(each.long(), each, each, each, torch.empty(rows, len(ranks), k), index.bool())
+        workspace = head_rerank.make_workspace(rows, vocabulary, torch.device("meta"))
+        logits, features = torch.empty(rows, stride)[:, :vocabulary], torch.empty(rows, sum(ranks))
+        return head_rerank.plan_launches(logits, features, asked, workspace, done)
+
+
+@pytest.mark.parametrize("vocabulary", [300, 8_192, 32_000, 50_257, 151_936, 262_144])
+def test_every_size_of_a_step_of_reward_heads_is_among_the_compiled_ones(vocabulary: int) -> None:
+    compiled = {launch.variant for launch in head_rerank_launches(torch.float32, 160, vocabulary).values()}
+    for rows in (1, 3, 16, 100, 300):
+        for k in (1, 10, 33, 64):
+            for ranks, limited in (([160], False), ([16], True), ([128, 48, 16], True), ([144] * 8, False)):
+                for stride in (vocabulary, -(-vocabulary // 64) * 64):
+                    launches = _head_rerank(rows, vocabulary, k, ranks, limited, stride)
+                    assert {launch.variant for launch in launches} <= compiled
 
 
 @pytest.mark.parametrize("vocabulary", [300, 320, 32_000, 50_257, 128_256])
@@ -58,13 +93,15 @@ def test_a_variant_is_compiled_once() -> None:
 
 
 _AS_TRITON_DOES = """
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from steersman.kernels.production import production_launches, sampling_launches
+from steersman.kernels.production import head_rerank_launches, production_launches, sampling_launches
 
 launches = [*production_launches().values(), *sampling_launches(320).values(), *sampling_launches(50_257).values()]
+launches += head_rerank_launches(torch.float32, 160, 50_257).values()
 backend = make_backend(GPUTarget("cuda", 90, 32))
 own, theirs = [], []
 for launch in launches:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from steersman.guidance import auxiliary, report, runtime, vocabulary
+from steersman.guidance import auxiliary, candidates, report, runtime, vocabulary
 from steersman.guidance.generate import load_runtime
 from steersman.guidance.runtime import GuidanceRuntime
 from steersman.kernels import dispatch
@@ -28,7 +28,7 @@ def acting_as_gpu() -> Iterator[None]:
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
-        for module in (dispatch, auxiliary, report, runtime, vocabulary):
+        for module in (dispatch, auxiliary, candidates, report, runtime, vocabulary):
             patch.setattr(module, "has_kernels", lambda _: True)
         patch.setattr(auxiliary, "make_capture", lambda _: capture_by_recording)
         patch.setattr(

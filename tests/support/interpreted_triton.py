@@ -15,7 +15,10 @@ if not torch.cuda.is_available():
 # The interpreter's launcher imports the first.
 for _name in (
     "triton.experimental.gluon",
-    *(f"steersman.kernels.{k}" for k in ("attention", "blend", "gather", "head_blend", "rerank", "topk")),
+    *(
+        f"steersman.kernels.{k}"
+        for k in ("attention", "blend", "gather", "head_blend", "head_rerank", "rerank", "topk")
+    ),
 ):
     importlib.import_module(_name)
 os.environ.pop("TRITON_INTERPRET", None)
