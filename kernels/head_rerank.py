@@ -39,6 +39,8 @@ _PRODUCTS = 2048
 """Weights that are multiplied at once: of K candidates, _PRODUCTS / K channels each."""
 _TILES_EACH = (1, 16)
 """Of a part; more than 16 only where a row would have more than 32 parts otherwise."""
+_REGISTERS = 128
+"""A thread's at most: with the bound that it chooses itself, the compiler spills a few."""
 _COLUMNS = 6
 """Numbers of a head in the table."""
 
@@ -148,6 +150,7 @@ def plan_launches(
             SUMMITS=choose_bucket(split.tiles_each, _TILES_EACH) * (TILE // GROUP**2),
         ),
         warps=8,
+        registers=_REGISTERS,
     )  # fmt: skip
     parts = split_rows(lines, triton.cdiv(vocabulary, _PART))
     rerank = Launch(
@@ -167,6 +170,7 @@ def plan_launches(
             DEPTH=_PRODUCTS // bucket, PART=_PART, COLUMNS=_COLUMNS, ALIGNED=_are_aligned(asked.heads),
         ),
         warps=4,
+        registers=_REGISTERS,
     )  # fmt: skip
     return [scan, rerank]
 
@@ -192,11 +196,11 @@ def _scan_best(
     LARGEST_K: tl.constexpr,
 ):  # fmt: skip
     line, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    place = tl.load(rows_ptr + line).to(tl.int64)
-    row, readable = logits_ptr + place * logits_stride, tl.where(place < 0, 0, vocabulary)
     maxima, summits = maxima_ptr + line * maxima_stride, summits_ptr + line * summits_stride
     first, last = split * tiles_each, tl.minimum((split + 1) * tiles_each, tiles)
     partial = partial_ptr + line * partial_stride + split * 2
+    place = tl.load(rows_ptr + line).to(tl.int64)
+    row, readable = logits_ptr + place * logits_stride, tl.where(place < 0, 0, vocabulary)
     scan_tiles(row, readable, vocabulary, first, last, maxima, summits, partial, TILE, GROUP)
     # What follows reads the maxima that other threads have written.
     tl.debug_barrier()

@@ -53,18 +53,25 @@ class Launch:
     """Compile-time constants."""
     warps: int
     stages: int = 3
+    registers: int | None = None
+    """A thread's at most. Without a bound the compiler chooses one, at which it may spill a few."""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As Triton's compiler takes them."""
+        bound = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **bound}
 
     def run(self) -> None:
         """Launches it on the current stream."""
-        self.kernel[self.grid](**self.arguments, **self.choices, num_warps=self.warps, num_stages=self.stages)
+        self.kernel[self.grid](**self.arguments, **self.choices, **self.options)
 
     def compile(self) -> None:
         """Compiles it for the current GPU without launching it; tensors may be without memory (device "meta").
 
         Later launches of the same `variant` find the compiled kernel.
         """
-        options = dict(num_warps=self.warps, num_stages=self.stages)
-        self.kernel.warmup(**self.arguments, **self.choices, **options, grid=self.grid)
+        self.kernel.warmup(**self.arguments, **self.choices, **self.options, grid=self.grid)
 
     @property
     def variant(self) -> tuple[Any, ...]:
@@ -75,7 +82,7 @@ class Launch:
         """
         generic = _unspecialised(self.kernel)
         kinds = tuple((name, _specialise(value, name in generic)) for name, value in self.arguments.items())
-        return (self.kernel.fn.__name__, *sorted(self.choices.items()), *kinds, self.warps, self.stages)
+        return (self.kernel.fn.__name__, *sorted(self.choices.items()), *kinds, *self.options.items())
 
 
 def _unspecialised(kernel: Any) -> Sequence[str]:

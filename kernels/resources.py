@@ -81,7 +81,7 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
     compiled = triton.compile(
         ASTSource(launch.kernel, ordered, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch.warps, "num_stages": launch.stages},
+        options=launch.options,
     )
     return _read_binary(compiled.asm["cubin"], compiled.metadata.shared)
 

@@ -91,7 +91,12 @@ def test_the_distribution_is_the_references(
     # What a graph replays on a GPU is not seen from here.
     atop = {"atop", "tilted"} & set(plan_of(guidance).models)
     assert (launched["_attend"] > 0) == (atop != set(plan_of(guidance).models)) or DEVICE.type == "cuda"
-    assert (launched["_rerank"] > 0) == (by_rewards and not budgeted and guidance["top_k"] is not None)
+    reranked = by_rewards and not budgeted and guidance["top_k"] is not None
+    heads_alone = atop == set(plan_of(guidance).models) and "policies" not in guidance
+    assert (launched["_rerank"] > 0, launched["_head_rerank"] > 0) == (
+        reranked and not heads_alone,
+        reranked and heads_alone,
+    )
     blended = guidance["method"] in ("mixed", "length_control", "kl_threshold")
     by_head = guidance.get("policy") == "tilted"
     assert (launched["_blend"] > 0, launched["_settle"] > 0) == (blended and not by_head, blended and by_head)
@@ -125,9 +130,12 @@ def test_what_steps_launch_has_been_compiled_before(
     laws.step(on_kernels, 2 * torch.randn(1, VOCABULARY), prompts[:1], methods[:1])
     mixed = METHODS["a head policy"]
     laws.step(on_kernels, 2 * torch.randn(17, VOCABULARY), random_prompts(rng, 17, longest=9), [mixed] * 17)
+    for k in (1, 20, 64):
+        head = {**METHODS["a head"], "top_k": k}
+        laws.step(on_kernels, 2 * torch.randn(2, VOCABULARY), prompts[:2], [head, METHODS["a head"]])
     assert {variant[0] for variant in found} == {
         "_scan", "_finish", "_rerank", "_gather", "_stream", "_sample", "_blend", "_project", "_settle", "_attend",
-        "_merge",
+        "_merge", "_scan_best", "_head_rerank",
     }  # fmt: skip
     assert not found - compiled
 

@@ -83,6 +83,7 @@ def test_a_variant_is_what_triton_compiles_a_kernel_for() -> None:
     odd = {**launch.arguments, "rewards": torch.empty(61)[1:].view(3, 2, 10)}
     assert dataclasses.replace(launch, arguments=odd).variant != launch.variant
     assert dataclasses.replace(launch, warps=2).variant != launch.variant
+    assert dataclasses.replace(launch, registers=96).variant != launch.variant
 
 
 def test_a_variant_is_compiled_once() -> None:
@@ -106,9 +107,8 @@ backend = make_backend(GPUTarget("cuda", 90, 32))
 own, theirs = [], []
 for launch in launches:
     bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
-    options = dict(num_warps=launch.warps, num_stages=launch.stages)
     own.append(launch.variant)
-    theirs.append((launch.kernel.fn.__name__, str(bind(**launch.arguments, **launch.choices, **options)[1:])))
+    theirs.append((launch.kernel.fn.__name__, str(bind(**launch.arguments, **launch.choices, **launch.options)[1:])))
 pairs = set(zip(own, theirs, strict=True))
 assert len(pairs) == len(set(own)) == len(set(theirs)) > 80
 """
