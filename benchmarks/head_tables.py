@@ -141,9 +141,8 @@ def _kinds(found: Found, kinds: Sequence[Kind]) -> dict[str, list[str]]:
 
 
 def _settings(table: dict[str, list[str]], found: Found, names: Sequence[str]) -> dict[str, list[str]]:
-    own = found.of_seeds(found.common(names))
     for heading, measure in (("gold, sampled", "gold"), ("KL, nats", "kl"), ("own reward", "reward")):
-        table[heading] = [f"{own.mean(n, measure):.2f}" if _has(own, n, measure) else "" for n in names]
+        table[heading] = [f"{found.mean(n, measure):.2f}" if _has(found, n, measure) else "" for n in names]
     return table
 
 

@@ -3,7 +3,7 @@
 import argparse
 import asyncio
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,15 +58,24 @@ def main(argv: Sequence[str]) -> int:
     named = f"with its head under the names {HEADS[0]} to {HEADS[-1]} too"
     parser.add_argument("--url", help=f"Address of a running demo server, {named}; without it one is started.")
     parser.add_argument("--rounds", type=int, default=5, help="Rounds of plain and guided traffic in turn.")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="NAME",
+        help=f"Only these and pargs, in more rounds: {', '.join(METHODS)}.",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "overhead-cpu.json")
     args = parser.parse_args(list(argv))
     torch.set_num_threads(1)
     console = Console()
     prompts = read_prompts("reporting")
+    methods = {name: METHODS[name] for name in METHODS if name in ("pargs", *args.methods)}
     copies = [flag for name in HEADS for flag in ("--reward-model", f"{name}={MODELS / REWARD_MODELS['instant']}")]
     with demo_server(args.url, flags=copies) as url:
         asyncio.run(run_load(url, prompts, GUIDANCE, Load(8, requests=8, max_tokens=32)))
-        levels = [measure_level(url, prompts, c, args.rounds, console) for c in CONCURRENCY]
+        levels = [measure_level(url, prompts, methods, c, args.rounds, console) for c in CONCURRENCY]
         neighbours = [measure_neighbours(url, prompts, c, args.rounds, console) for c in CONCURRENCY[1:]]
         work = [measure_work(url, prompts, length) for length in LENGTHS]
     naive = measure_naive(prompts[:2], GUIDANCE, _TOKENS)
@@ -86,29 +95,36 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def measure_level(url: str, prompts: list[str], concurrency: int, rounds: int, console: Console) -> dict[str, Any]:
+def measure_level(
+    url: str,
+    prompts: list[str],
+    methods: Mapping[str, dict[str, Any]],
+    concurrency: int,
+    rounds: int,
+    console: Console,
+) -> dict[str, Any]:
     """Plain and every method in turn, so that a slow spell of the machine falls on all of them; plain before every
     other method, for it is what all are compared with."""
-    arms: dict[str, list[Measurement]] = {name: [] for name in ("plain", *METHODS)}
-    names = list(METHODS)
+    arms: dict[str, list[Measurement]] = {name: [] for name in ("plain", *methods)}
+    names = list(methods)
     order = [name for n in range(0, len(names), 2) for name in ("plain", *names[n : n + 2])]
     streams: dict[str, list[Measurement]] = {"plain": [], "pargs": []}
     stages: list[dict[str, float]] = []
     load = Load(concurrency, requests=max(2, 2 * concurrency), max_tokens=_TOKENS)
     for _ in track(range(rounds), f"concurrency {concurrency}", console=console):
         for name in order:
-            guidance, before = METHODS.get(name), _work(url)
+            guidance, before = methods.get(name), _work(url)
             arms[name].append(asyncio.run(run_load(url, prompts, guidance, load)))
             if name == "pargs":
                 after = _work(url)
                 stages.append({key: after[key] - before[key] for key in after})
         for name, runs in streams.items():
-            runs.append(asyncio.run(run_load(url, prompts, METHODS.get(name), replace(load, stream=True))))
+            runs.append(asyncio.run(run_load(url, prompts, methods.get(name), replace(load, stream=True))))
     summary: dict[str, Any] = {
         "concurrency": concurrency,
         "plain": _summarise(arms["plain"], streams["plain"]),
         "guided": _summarise(arms["pargs"], streams["pargs"]),
-        "methods": {name: _compare(arms[name], arms["plain"]) for name in METHODS},
+        "methods": {name: _compare(arms[name], arms["plain"]) for name in methods},
     }
     summary |= {
         "throughput_ratio": summary["methods"]["pargs"]["ratio"],
@@ -178,7 +194,7 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
     methods = Table(
         "method", *(f"at {level['concurrency']}" for level in result["levels"]), title="of plain throughput"
     )
-    for name in METHODS:
+    for name in result["levels"][0]["methods"]:
         methods.add_row(name, *(f"{level['methods'][name]['ratio']:.2f}" for level in result["levels"]))
     console.print(methods)
     beside = Table("concurrency", "of plain throughput beside plain requests", title="plain requests beside a head's")
@@ -205,7 +221,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), width_ratios=(1.8, 1))
     labels = [str(level["concurrency"]) for level in result["levels"]]
-    names, height = list(METHODS), 0.8 / len(labels)
+    names, height = list(result["levels"][0]["methods"]), 0.8 / len(labels)
     for n, (level, colour) in enumerate(zip(result["levels"], ("#8ecae6", "#2a6f97", "#023047"), strict=False)):
         places = [m + n * height for m in range(len(names))]
         ratios = [level["methods"][name]["ratio"] for name in names]
