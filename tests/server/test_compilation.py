@@ -35,7 +35,7 @@ def _config(models: Path, rewards: dict[str, str]) -> Any:
     model = SimpleNamespace(
         model=str(models / "base"), tokenizer=str(models / "base"), trust_remote_code=False, dtype=torch.float32,
         get_vocab_size=lambda: VOCABULARY, get_hidden_size=lambda: BASE.hidden_size, max_model_len=BASE.window,
-        hf_text_config=SimpleNamespace(num_hidden_layers=BASE.layers),
+        hf_text_config=SimpleNamespace(num_hidden_layers=BASE.layers), quantization=None,
     )  # fmt: skip
     parallel = SimpleNamespace(rank=1, tensor_parallel_size=2, enable_batch_sharded_sampling=False)
     return SimpleNamespace(
