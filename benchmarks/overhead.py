@@ -233,8 +233,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     left.invert_yaxis()
     left.axvline(1, color="grey", linewidth=0.8)
     left.set(xlabel="throughput over plain vLLM's (dots: rounds)", xlim=(0, 1.15))
-    left.legend(fontsize=8, loc="lower right")
-    left.set_title("Every method beside plain decoding")
+    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+    left.set_title("Methods beside plain decoding")
     bottom = [0.0] * len(labels)
     for name, colour in zip(
         result["levels"][0]["stages_ms"], ("#adb5bd", "#f4a261", "#e76f51", "#2a9d8f", "#6c757d"), strict=False
