@@ -7,7 +7,7 @@ import torch
 
 from steersman.guidance.asking import Auxiliaries, Scoring
 from steersman.guidance.kl_budget import fit_budgets
-from steersman.guidance.persistent_batch import STEPS, CandidateSteps
+from steersman.guidance.persistent_batch import CandidateSteps, HeadStepMemory
 from steersman.guidance.plan import Formula
 from steersman.guidance.readings import Readings
 from steersman.guidance.report import CandidateStep, HeadStep
@@ -16,7 +16,7 @@ from steersman.guidance.transfer import to_device
 from steersman.guidance.transforms import Combination, build_combination, explain_broken
 from steersman.guidance.vocabulary import blend_readings
 from steersman.guidance.work import Failure, Work
-from steersman.kernels.arguments import HeadRows, Reranked
+from steersman.kernels.arguments import HeadRows
 from steersman.kernels.dispatch import (
     can_rerank_by_heads,
     has_kernels,
@@ -64,9 +64,7 @@ class CandidateSteering:
         self._layout: tuple[tuple[int, int, int], _Layout] | None = None
         self._last: list[Steered] | None = None
         """What the layout was last found for."""
-        self._done: tuple[HeadRows, Reranked] | None = None
-        self._place = 0
-        """The first step of `_done` that is free."""
+        self._memory = HeadStepMemory()
 
     def steer(
         self,
@@ -118,10 +116,7 @@ class CandidateSteering:
     ) -> None:
         """As the rest, on a CPU, where what became of many steps lies together."""
         with self._work.timing("rewards_seconds"):
-            if self._done is None or self._done[0] is not asked or self._place == self._done[1].steps:
-                self._done, self._place = (asked, Reranked(STEPS, asked)), 0
-            step = HeadStep(self._done[1], self._place)
-            self._place += 1
+            step = self._memory.next_step(asked)
             written = rerank_by_heads(logits, hidden, asked, step.done, step.place)
         self._record(steered, step)
         if not written:

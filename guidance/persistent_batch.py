@@ -55,7 +55,7 @@ class PersistentBatch:
         return self._count_tokens() == self._lengths
 
     def step(self, logits: torch.Tensor, hidden: torch.Tensor, last: LastTokens, work: Work) -> bool:
-        """As Steps.write; counted in `work`."""
+        """Guides the rows as Steps.write does; a step that was written is counted in `work`."""
         with work.timing(self._steps.stage):
             if not self._steps.write(logits, hidden, last):
                 return False
@@ -74,6 +74,23 @@ class PersistentBatch:
         return [len(row.output) for row in self._rows]
 
 
+class HeadStepMemory:
+    """Memory of steps whose candidates heads score, STEPS of them side by side."""
+
+    def __init__(self) -> None:
+        self._asked: HeadRows | None = None
+        self._done: Reranked | None = None
+        self._place = 0
+        """The first step of `_done` that is free."""
+
+    def next_step(self, asked: HeadRows) -> HeadStep:
+        """Returns a step that nothing was written to yet, beside the last one where that was of the same rows."""
+        if self._done is None or self._asked is not asked or self._place == STEPS:
+            self._asked, self._done, self._place = asked, Reranked(STEPS, asked), 0
+        self._place += 1
+        return HeadStep(self._done, self._place - 1)
+
+
 class CandidateSteps:
     """Rows whose candidates reward heads score."""
 
@@ -83,25 +100,21 @@ class CandidateSteps:
         """fail: ends the guidance of the rows of a step whose scores are NaN; they were not written."""
         self._asked = asked
         self._fail = fail
-        self._done = Reranked(STEPS, asked)
-        self._place = 0
-        """The first step of `_done` that is free."""
+        self._memory = HeadStepMemory()
         self._taken: list[HeadStep] = []
 
     def write(self, logits: torch.Tensor, hidden: torch.Tensor, last: LastTokens) -> bool:
-        """As Steps.write."""
-        if self._place == STEPS:
-            self._done, self._place = Reranked(STEPS, self._asked), 0
-        step = HeadStep(self._done, self._place)
-        written = rerank_by_heads(logits, hidden, self._asked, self._done, self._place)
+        """Scores the candidates of every row and writes the rows; returns True. Rows without finite scores are failed,
+        and the others written."""
+        step = self._memory.next_step(self._asked)
+        written = rerank_by_heads(logits, hidden, self._asked, step.done, step.place)
         self._taken.append(step)
-        self._place += 1
         if not written:
             self._fail(step)
         return True
 
     def take(self) -> list[_Step]:
-        """As Steps.take."""
+        """Returns the steps since the last call, which share memory with one another."""
         taken, self._taken = self._taken, []
         return [*taken]
 
@@ -125,7 +138,8 @@ class MixtureSteps:
         self._chosen = 0
 
     def write(self, logits: torch.Tensor, hidden: torch.Tensor, last: LastTokens) -> bool:
-        """As Steps.write."""
+        """Looks up what the last step gave to its tokens, and mixes the policy into every row. Returns False where a
+        row's features are not finite numbers; then nothing is written."""
         if self._mixed is not None:
             self._choose(self._mixed, last)
             self._memory, self._mixed = self._mixed, None
@@ -137,7 +151,8 @@ class MixtureSteps:
         return True
 
     def take(self) -> list[_Step]:
-        """As Steps.take."""
+        """Returns the steps since the last call; that whose tokens are not known yet, if any, over the whole
+        vocabulary."""
         values = [rows for block in self._values for rows in block][: self._chosen]
         taken: list[_Step] = [ChosenStep(torch.from_numpy(rows)) for rows in values]
         if (mixed := self._mixed) is not None:

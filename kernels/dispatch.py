@@ -215,7 +215,8 @@ def blend_by_head(logits: torch.Tensor, hidden: torch.Tensor, asked: MixRows, mi
 
 
 def choose_mixed(mixed: Mixed, tokens: torch.Tensor, values: np.ndarray) -> None:
-    """`kernels.cpu.choose_mixed`, where `can_blend_on_cpu`."""
+    """As `kernels.cpu.choose_mixed`: what mixed rows give to their tokens [G] int64, into values [G, 4] float32; where
+    `can_blend_on_cpu`."""
     from steersman.kernels import cpu
 
     cpu.choose_mixed(mixed, tokens, values)
